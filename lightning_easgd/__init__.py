@@ -1,0 +1,36 @@
+"""Elastic averaging for PyTorch Lightning.
+
+Importing this package registers the strategy names with every installed Lightning namespace, so that
+``Trainer(strategy="easgd")`` trains any LightningModule unchanged. The classes here are for Trainers of
+``pytorch_lightning``; ``lightning_easgd.pytorch`` has them for ``lightning.pytorch``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from lightning_easgd.__about__ import __version__
+from lightning_easgd._lightning import bind, installed
+from lightning_easgd.algorithms import EASGD, Algorithm
+from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, Transport, TransportError
+from lightning_easgd.metrics import ConsensusDistance
+
+if TYPE_CHECKING:
+    from lightning_easgd.callbacks import ElasticMonitor
+    from lightning_easgd.strategy import ElasticStrategy as EASGDStrategy
+else:
+    EASGDStrategy, ElasticMonitor = bind("pytorch_lightning")
+    if "lightning.pytorch" in installed():
+        import_module("lightning_easgd.pytorch")  # registers the names there too
+
+__all__ = [
+    "EASGD",
+    "Algorithm",
+    "AllReduce",
+    "ConsensusDistance",
+    "EASGDStrategy",
+    "ElasticMonitor",
+    "NonFiniteDeltaError",
+    "Transport",
+    "TransportError",
+    "__version__",
+]

@@ -1,0 +1,244 @@
+"""One optimizer's parameters tied to one center: the flat vector, the algorithm and its clock, and what it reports."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.algorithms import Algorithm, Snapshot
+from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter
+from lightning_easgd.flatten import ParameterVector
+
+__all__ = ["DONE", "STOP", "Coupling", "Report", "num_slots"]
+
+# The slots of an exchange: two votes, then the figures of each replica's report, in FIGURES' order.
+STOP, DONE = 0, 1
+_VOTES = 2
+FIGURES = ("present", "distance", "force", "update", "exposed_s", "hidden_s")
+
+
+def num_slots(num_replicas: int) -> int:
+    """Returns how many slots an exchange carries."""
+    return _VOTES + num_replicas * len(FIGURES)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the coupling did in one exchange: n figures of each kind, one for each replica that was still training.
+
+    Attributes:
+        exchange: number of the exchange, counted from 1.
+        distance: (n,) ||x^i - c|| before the exchange.
+        force: (n,) norm of the delta that each replica pushed.
+        update: (n,) norm of the local update of the step that exchanged.
+        exposed_s: (n,) seconds each replica has stood still for communication since the start.
+        hidden_s: (n,) seconds of communication behind compute since the start.
+        center_norm: ||c||.
+        bytes_sent: bytes that this replica has sent since the start.
+    """
+
+    exchange: int
+    distance: Tensor
+    force: Tensor
+    update: Tensor
+    exposed_s: Tensor
+    hidden_s: Tensor
+    center_norm: float
+    bytes_sent: int
+
+
+class Coupling:
+    """A replica's side of one center.
+
+    Args:
+        names: the parameters' names, in the vector's order.
+        vector: the parameters.
+        algorithm: this coupling's own copy.
+        center: open; closed by ``close``.
+
+    Attributes:
+        stop: whether this replica asks all to stop, from its next exchange on.
+        report_every: make a report every so many exchanges; 0 for never.
+        report: the last complete report.
+    """
+
+    def __init__(self, names: list[str], vector: ParameterVector, algorithm: Algorithm, center: OpenCenter) -> None:
+        self.names, self.vector, self.algorithm, self.center = names, vector, algorithm, center
+        self.stop = False
+        self.report_every = 0
+        self.report: Report | None = None
+        self._measured: dict[str, float] | None = None  # this replica's figures, not yet announced
+        self._announced_exchange = 0  # the exchange whose figures are in the slots now
+        self._center_norm = 0.0
+        self._stash: list[Tensor] | None = None
+        self._holds_center = False
+        algorithm.start(vector, center)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def step(self, local_update: Callable[[], None], recover: Callable[[], None] | None) -> None:
+        """Performs one iteration of the algorithm.
+
+        Args:
+            local_update: the optimizer's step; called exactly once.
+            recover: called when this replica's delta is not finite, after the replica was put on the center; None to
+                let ``NonFiniteDeltaError`` through instead.
+        """
+        called = False
+
+        def update() -> None:
+            nonlocal called
+            called = True
+            if observed.snapshot is not None and observed.measured is not None:
+                before = self.vector.read()
+                local_update()
+                observed.measured["update"] = self.vector.distance(before)
+            else:
+                local_update()
+
+        observed = _ObservedCenter(self)
+        try:
+            self.algorithm.step(self.vector, observed, update)
+        except NonFiniteDeltaError:
+            if recover is None or called or observed.snapshot is None:
+                raise
+            self.vector.write_(observed.snapshot.value)
+            self.center.abstain()
+            recover()
+            local_update()
+            self.algorithm.clock += 1
+        if observed.measured is not None:
+            self._measured = observed.measured
+
+    def abstain(self) -> None:
+        """Takes part in one exchange without adding anything, saying that this replica is done. Blocks for it."""
+        self.drain()
+        self._announce(done=True)
+        self.center.abstain()
+        self.drain()
+
+    def drain(self, timeout: timedelta | None = None) -> None:
+        """Completes an outstanding exchange. Blocks, but asks nothing of the others that they have not done already."""
+        self.center.drain(timeout)
+        self._receive()
+
+    @property
+    def stop_votes(self) -> int:
+        """How many replicas asked to stop, as of the last completed exchange."""
+        return int(self.center.announced[STOP])
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every replica said in the last completed exchange that it is done."""
+        return int(self.center.announced[DONE]) == self.center.num_replicas
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    def _announce(self, *, done: bool) -> None:
+        """Puts this replica's votes and last figures into the slots of the exchange that is about to be sent."""
+        self.center.announcement[STOP] = float(self.stop)
+        self.center.announcement[DONE] = float(done)
+        self.center.announcement[_VOTES:].zero_()
+        self._announced_exchange = 0
+        if self._measured is not None:
+            measured, self._measured = self._measured, None
+            first = _VOTES + self.center.replica * len(FIGURES)
+            self.center.announcement[first : first + len(FIGURES)] = torch.tensor([measured[f] for f in FIGURES])
+            self._announced_exchange = int(measured["exchange"])
+            self._center_norm = measured["center_norm"]
+
+    def _receive(self) -> None:
+        """Reads the figures of all replicas from the exchange that was just completed."""
+        if not self._announced_exchange:
+            return
+        figures = self.center.announced[_VOTES:].view(self.center.num_replicas, len(FIGURES))
+        present = figures[:, 0] > 0
+        distance, force, update, exposed_s, hidden_s = figures[present, 1:].unbind(1)
+        self.report = Report(
+            self._announced_exchange,
+            distance,
+            force,
+            update,
+            exposed_s,
+            hidden_s,
+            center_norm=self._center_norm,
+            bytes_sent=self.center.traffic.bytes_sent,
+        )
+        self._announced_exchange = 0
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    @property
+    def holds_center(self) -> bool:
+        """Whether the module's parameters are the center's at present."""
+        return self._holds_center
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the parameters' content with the center's; a second call puts both back to the last bit.
+
+        Where the parameters have the center's dtype the two change places, so that no further memory is needed (the
+        center's own vector is the replica's meanwhile); else the replica is set aside.
+        """
+        if self._holds_center:
+            if self._stash is None:
+                self._trade()
+            else:
+                torch._foreach_copy_(self.vector.parameters, self._stash)
+                self._stash = None
+        elif all(p.dtype == self.vector.dtype for p in self.vector.parameters):
+            self._trade()
+        else:
+            self._stash = [p.detach().clone() for p in self.vector.parameters]
+            self.vector.write_(self.center.value)
+        self._holds_center = not self._holds_center
+
+    def _trade(self) -> None:
+        for p, c in zip(self.vector.parameters, self.vector.views(self.center.value), strict=True):
+            kept = p.clone()
+            p.copy_(c)
+            c.copy_(kept)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Holds the other weights for the duration, and puts these back even when the body raises."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
+class _ObservedCenter:
+    """The center as the algorithm sees it, with what the glue adds to an exchange: votes and figures."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        self.num_replicas = coupling.center.num_replicas
+        self.snapshot: Snapshot | None = None
+        self.measured: dict[str, float] | None = None
+
+    def pull(self) -> Snapshot:
+        self.snapshot = self._coupling.center.pull()
+        self._coupling._receive()
+        return self.snapshot
+
+    def push(self, delta: Tensor, *, read_at: int) -> None:
+        coupling, center = self._coupling, self._coupling.center
+        exchange = center.traffic.exchanges + 1
+        if coupling.report_every and exchange % coupling.report_every == 0 and self.snapshot is not None:
+            self.measured = {
+                "exchange": exchange,
+                "present": 1.0,
+                "distance": coupling.vector.distance(self.snapshot.value),
+                "force": float(torch.linalg.vector_norm(delta)),
+                "update": 0.0,
+                "exposed_s": center.traffic.exposed_s,
+                "hidden_s": center.traffic.hidden_s,
+                "center_norm": float(torch.linalg.vector_norm(self.snapshot.value)),
+            }
+        coupling._announce(done=False)
+        center.push(delta, read_at=read_at)

@@ -1,0 +1,123 @@
+"""What an algorithm sees: one replica, one center, one local update.
+
+The center is a vector with a clock, and all that a replica may do is read it or add to it. An algorithm owns the
+*order* of four things - pull, local update, move the replica, push - and nothing else:
+
+* EASGD:        pull, push the elastic force, local update, subtract the same force;
+* DOWNPOUR:     push what was accumulated, pull, replace the replica, local update;
+* local SGD:    local update, push the distance to the center over the number of replicas, pull, replace.
+
+Who else is there, and what "add" means (one all-reduce, a lock in shared memory, a server) is the transport's business.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["Algorithm", "Center", "Replica", "Snapshot"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The center as it was read.
+
+    Attributes:
+        value: (d,) the center's accumulation dtype, d = number of coupled parameters. Borrowed: read it, do not write
+            it, and do not keep it beyond the next ``push`` or ``pull``.
+        clock: the number of additions that ``value`` contains.
+    """
+
+    value: Tensor
+    clock: int
+
+
+class Center(Protocol):
+    """The center variable as one replica reaches it."""
+
+    num_replicas: int
+
+    def pull(self) -> Snapshot:
+        """Returns the center. May block: completes whatever this replica's last ``push`` left outstanding."""
+        ...
+
+    def push(self, delta: Tensor, *, read_at: int) -> None:
+        """Adds ``delta`` to the center. Does not block; may return before delivery.
+
+        Args:
+            delta: (d,) in the center's dtype and on its device. The caller's again on return.
+            read_at: the clock of the snapshot that ``delta`` was computed from.
+        """
+        ...
+
+
+class Replica(Protocol):
+    """The parameters of one replica, seen as one flat vector of length d in the center's dtype."""
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """Copies the parameters into ``out`` ((d,), allocated when None) and returns it."""
+        ...
+
+    def add_(self, update: Tensor, *, alpha: float = 1.0) -> None:
+        """Adds ``alpha * update``, ``update`` (d,), to the parameters in place."""
+        ...
+
+    def write_(self, value: Tensor) -> None:
+        """Replaces the parameters by ``value`` (d,), rounded to their own dtype."""
+        ...
+
+
+class Algorithm(ABC):
+    """The loop of one replica. Abstract or final: a concrete algorithm is never subclassed.
+
+    One object belongs to one optimizer's parameters (a *coupling*); it is copied for each, so that clocks never mix.
+
+    Attributes:
+        period: communication period tau, in optimizer steps, >= 1.
+        clock: optimizer steps that this replica has begun with this coupling.
+    """
+
+    period: int
+    clock: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next ``step`` exchanges with the center."""
+        return self.clock % self.period == 0
+
+    @abstractmethod
+    def check(self, num_replicas: int) -> None:
+        """Raises ``ValueError`` if the hyper-parameters cannot work with so many replicas; warns where they may not.
+
+        Local and cheap: it is called before any process is started, where the number of replicas is known by then.
+        """
+
+    def start(self, replica: Replica, center: Center) -> None:
+        """Prepares for the first step. The replica holds the center's value; all replicas call it."""
+        self.check(center.num_replicas)
+        del replica
+
+    @abstractmethod
+    def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
+        """Performs one iteration in place and calls ``local_update`` exactly once, where the paper puts it.
+
+        Args:
+            replica: the parameters, modified in place.
+            center: the center; touched only when ``is_due``.
+            local_update: one step of the module's own optimizer, gradient included. Opaque.
+        """
+
+    def hyperparameters(self, num_replicas: int) -> dict[str, Any]:
+        """Returns the plain values in force with so many replicas, for loggers."""
+        del num_replicas
+        return {"algorithm": type(self).__name__, "period": self.period}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what must survive a restart: the clock, and whatever tensors the algorithm keeps."""
+        return {"clock": self.clock}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        self.clock = int(state["clock"])

@@ -1,0 +1,56 @@
+"""Names of ``torch.distributed`` that its stubs do not export, in one place."""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+else:
+    from torch.distributed import PrefixStore, Store, TCPStore
+
+__all__ = ["Group", "PrefixStore", "Store", "TCPStore", "Work", "new_group"]
+
+
+class Work(Protocol):
+    """An operation in flight."""
+
+    def wait(self, timeout: timedelta = ...) -> bool:
+        """Blocks until it is complete; ``RuntimeError`` if it fails or takes longer."""
+        ...
+
+    def get_future(self) -> Any:
+        """Returns the future that completes with it."""
+        ...
+
+
+class Group(Protocol):
+    """The operations of a process group that this package uses."""
+
+    def allreduce(self, tensors: list[Tensor]) -> Work:
+        """Starts summing one tensor over all ranks, in place."""
+        ...
+
+    def broadcast(self, tensor: Tensor, root: int) -> Work:
+        """Starts copying one tensor from ``root`` to all ranks, in place."""
+        ...
+
+
+def new_group(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Group:
+    """Returns a process group of its own over ``store``: NCCL for CUDA tensors, else Gloo. Collective, blocking.
+
+    It needs no default group, so several may live in threads of one process. Gloo's interface is chosen by
+    ``GLOO_SOCKET_IFNAME`` where that is set.
+    """
+    c10d: Any = dist
+    group: Group
+    if device.type == "cuda":
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        group = c10d.ProcessGroupNCCL(store, rank, size, options)
+    else:
+        group = c10d.ProcessGroupGloo(store, rank, size, timeout)
+    return group

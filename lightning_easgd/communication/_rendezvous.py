@@ -1,0 +1,121 @@
+"""Where the processes of a job find each other, and learn that one of them failed or wants to stop.
+
+Training steps between two exchanges make no network call, so a process would learn of a peer's end only by its next
+exchange. A thread of its own therefore looks into a store about once a second. What it finds it leaves in two plain
+attributes, ``failure`` and ``stop_requested``, which cost the training loop nothing to read.
+"""
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+from datetime import timedelta
+
+from lightning_easgd.communication._c10d import TCPStore
+
+__all__ = ["Rendezvous"]
+
+log = logging.getLogger(__name__)
+
+_FAILURE, _STOP = "failure", "stop"
+
+
+class Rendezvous:
+    """A key-value store that the process of rank 0 serves, and the thread that watches it.
+
+    Args:
+        host: where rank 0 is reached.
+        port: the store's port; None in rank 0, which takes a free one (read it from ``port``).
+        rank: this process.
+        world_size: number of processes.
+        timeout: the longest wait for the store.
+        poll: time between two looks.
+        grace: how long a process may go on after a peer's failure before it is ended the hard way.
+
+    Attributes:
+        store: for others to use under a prefix, from the main thread.
+        failure: what ended a peer, once known.
+        stop_requested: whether some process asked all to stop.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int | None,
+        *,
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        poll: timedelta = timedelta(seconds=1),
+        grace: timedelta = timedelta(seconds=20),
+    ) -> None:
+        self.rank = rank
+        self.failure: str | None = None
+        self.stop_requested = False
+        self._host, self._timeout, self._poll, self._grace = host, timeout, poll, grace
+        self.store = TCPStore(
+            host, port or 0, is_master=port is None, timeout=timeout, wait_for_workers=False, use_libuv=True
+        )
+        self.port = self.store.port
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="lightning_easgd-watcher", daemon=True)
+        if world_size > 1:
+            self._watcher.start()
+
+    def report_failure(self, message: str) -> None:
+        """Tells all processes that this one fails. The first report stays. Never raises: it is called while failing."""
+        try:
+            self.store.compare_set(_FAILURE, "", f"rank {self.rank}: {message}")
+        except RuntimeError as error:
+            log.warning("rank %d could not tell the others that it fails: %s", self.rank, error)
+
+    def request_stop(self) -> None:
+        """Asks all processes to stop. Safe in a signal handler: the watcher tells the others, within ``poll``."""
+        self.stop_requested = True
+
+    def raise_if_failed(self) -> None:
+        """Raises ``RuntimeError`` with a peer's error if one failed. Local; costs an attribute."""
+        if self.failure is not None:
+            raise RuntimeError(f"training ends on rank {self.rank} because another process failed: {self.failure}")
+
+    def retire(self) -> None:
+        """Stops watching, for good: from here on peers may end as they like."""
+        self._over.set()
+
+    def close(self) -> None:
+        """Stops the thread. The store ends with its server's last reference."""
+        self.retire()
+        if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
+            self._watcher.join(timeout=5)
+
+    def _watch(self) -> None:
+        try:
+            # A store's client serialises its calls, and a blocking one would hold up the main thread's.
+            store = TCPStore(self._host, self.port, is_master=False, timeout=self._timeout)
+            while not self._over.wait(self._poll.total_seconds()):
+                if store.check([_STOP]):
+                    self.stop_requested = True
+                elif self.stop_requested:
+                    store.set(_STOP, str(self.rank))
+                if store.check([_FAILURE]):
+                    failure = store.get(_FAILURE).decode()
+                    break
+            else:
+                return
+        except RuntimeError as error:  # DistNetworkError, DistStoreError: the server's process is gone
+            if self._over.wait(self._poll.total_seconds()):
+                return
+            failure = f"rank 0, which serves the store, is gone ({error})"
+        if not failure.startswith(f"rank {self.rank}:"):
+            self.failure = failure
+        if not self._over.wait(self._grace.total_seconds()):
+            # The main thread is held up, in a collective that a lost peer never answers.
+            print(
+                f"[lightning_easgd] rank {self.rank}: {failure}; the main thread did not end within "
+                f"{self._grace.total_seconds():.0f} s, so this process is ended. Its stacks:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(1)

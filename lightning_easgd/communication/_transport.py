@@ -1,0 +1,155 @@
+"""What a transport is: it opens a center for one replica and delivers what is added to it.
+
+A ``Transport`` is inert and picklable; ``open`` gives the ``OpenCenter`` through which one replica pulls and pushes
+until it is closed. Process groups are its own, made over a store, never torch's default group (that is Lightning's).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_easgd.algorithms._interfaces import Snapshot
+from lightning_easgd.communication._c10d import Store
+from lightning_easgd.rules import CenterRule
+
+__all__ = ["NonFiniteDeltaError", "OpenCenter", "Traffic", "Transport", "TransportError"]
+
+
+class TransportError(RuntimeError):
+    """A pull or push that could not be completed: names the replica and the operation."""
+
+
+class NonFiniteDeltaError(ValueError):
+    """A delta with an infinity or a NaN was refused. Nothing of it has reached the center."""
+
+
+@dataclass
+class Traffic:
+    """What one replica's exchanges have cost so far.
+
+    Attributes:
+        exchanges: pushes of a delta; abstentions are not counted.
+        bytes_sent: bytes that left this replica for others, payload and slots, without the network's headers.
+        exposed_s: seconds that the replica stood still for communication.
+        hidden_s: seconds of communication that went on while the replica computed.
+    """
+
+    exchanges: int = 0
+    bytes_sent: int = 0
+    exposed_s: float = 0.0
+    hidden_s: float = 0.0
+
+
+class OpenCenter(ABC):
+    """The center as one replica reaches it, from ``Transport.open`` to ``close``. Use from one thread.
+
+    Besides the vector, an exchange carries a few *slots*: numbers that are summed over the replicas together with the
+    deltas, so that agreeing on something costs no message of its own.
+
+    Attributes:
+        replica: index of this replica, 0 <= replica < num_replicas.
+        num_replicas: how many replicas share the center.
+        announcement: (num_slots,) what this replica adds to the slots with each push or abstention; write to it.
+        announced: (num_slots,) on the CPU, the slots' sum in the last completed exchange; zeros before the first.
+        traffic: what the exchanges have cost.
+    """
+
+    def __init__(self, *, replica: int, num_replicas: int, num_slots: int, dtype: torch.dtype) -> None:
+        self.replica = replica
+        self.num_replicas = num_replicas
+        self.announcement = torch.zeros(num_slots, dtype=dtype)
+        self.announced = torch.zeros(num_slots, dtype=dtype)
+        self.traffic = Traffic()
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """(d,) the center after the last completed exchange, without waiting for an outstanding one. Not a copy."""
+
+    @abstractmethod
+    def pull(self) -> Snapshot:
+        """Completes what is outstanding and returns the center. Blocks at most the timeout.
+
+        Raises:
+            TransportError: a peer is gone, or the timeout ran out.
+        """
+
+    @abstractmethod
+    def push(self, delta: Tensor, *, read_at: int) -> None:
+        """Adds ``delta`` to the center; returns before delivery. See ``Center.push``.
+
+        Raises:
+            NonFiniteDeltaError: ``delta`` is refused; nothing was sent, ``abstain`` may be called instead.
+            TransportError: an exchange that was outstanding could not be completed.
+        """
+
+    @abstractmethod
+    def abstain(self) -> None:
+        """Takes this replica's turn in an exchange without adding anything; the slots are sent as with ``push``."""
+
+    @abstractmethod
+    def drain(self, timeout: timedelta | None = None) -> None:
+        """Completes what is outstanding. Blocks at most ``timeout`` (default: the center's own).
+
+        Raises:
+            TransportError: it could not be completed; the center keeps its value from before.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases groups and buffers without waiting for peers; what is outstanding is given up. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _refuse_nonfinite(self, delta: Tensor) -> None:
+        """Raises ``NonFiniteDeltaError`` unless every number is finite. One pass; on CUDA it waits for the device."""
+        if not bool(torch.isfinite(torch.linalg.vector_norm(delta, ord=float("inf")))):
+            bad = int((~torch.isfinite(delta)).sum())
+            raise NonFiniteDeltaError(
+                f"replica {self.replica}: {bad} of {delta.numel()} numbers in its delta are not finite; it was kept "
+                "out of the center. Lower the learning rate or clip gradients, or let such a replica start again from "
+                "the center with on_nonfinite='reset'"
+            )
+
+
+class Transport(ABC):
+    """How a replica reaches the center. Inert and picklable until ``open``."""
+
+    @abstractmethod
+    def open(
+        self,
+        initial: Tensor,
+        *,
+        replica: int,
+        num_replicas: int,
+        rule: CenterRule,
+        store: Store,
+        timeout: timedelta,
+        num_slots: int = 0,
+    ) -> OpenCenter:
+        """Opens the center. Collective and blocking: every replica calls it with the same arguments but ``replica``.
+
+        Args:
+            initial: (d,) float32 or float64; replica 0's becomes the center. Neither kept nor modified.
+            replica: index of the caller, 0 <= replica < num_replicas.
+            num_replicas: how many replicas share the center.
+            rule: what the center does with a delta.
+            store: where the replicas find each other; used with the caller's prefix, by this center alone.
+            timeout: the longest wait of any operation.
+            num_slots: numbers that ride along with each exchange.
+
+        Raises:
+            ValueError: an argument is out of range.
+            TransportError: not all replicas came in time.
+        """

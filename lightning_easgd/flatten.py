@@ -1,0 +1,95 @@
+"""Parameters seen as one flat vector: the one boundary between a module's tensors and the center's coordinates.
+
+The parameters' own storage is never rebound (compiled graphs, tied weights and optimizers keep their references); the
+vector is a way to read and write them, with one ``torch._foreach_*`` call for all tensors.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ParameterVector", "accumulation_dtype", "coupled_parameters"]
+
+
+def accumulation_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """Returns float64 if any parameter is float64, else float32: alpha (x - c) underflows in half precision."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+
+
+def coupled_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, nn.Parameter]]:
+    """Returns, for each optimizer, the parameters that its clock moves, by name, in the module's order.
+
+    These are the optimizer's parameters with ``requires_grad``; never a choice by ``grad``, which differs between
+    replicas. A parameter in two optimizers belongs to the first. One that no optimizer holds never changes and is in
+    none.
+
+    Raises:
+        ValueError: an optimizer holds a parameter that is not the module's.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    taken: set[int] = set()
+    couplings = []
+    for index, optimizer in enumerate(optimizers):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if foreign := own - names.keys():
+            raise ValueError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} parameters that are not the "
+                "module's; register them as attributes of the module, or leave them out of the optimizer"
+            )
+        couplings.append({n: p for n, p in module.named_parameters() if id(p) in own - taken})
+        taken |= own
+    return couplings
+
+
+class ParameterVector:
+    """A list of tensors as one flat vector of d numbers.
+
+    Args:
+        parameters: the tensors, in a fixed order; any shapes (0-dim and empty too), strides and floating dtypes, on
+            one device.
+        dtype: the vector's dtype. Default: ``accumulation_dtype``.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+        self.parameters = list(parameters)
+        self.dtype = accumulation_dtype(self.parameters) if dtype is None else dtype
+        self._sizes = [p.numel() for p in self.parameters]
+        self.numel = sum(self._sizes)
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Returns ``vector`` (d,) cut into views with the parameters' shapes."""
+        return [
+            part.view(p.shape) for part, p in zip(vector.split_with_sizes(self._sizes), self.parameters, strict=True)
+        ]
+
+    @torch.no_grad()
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """Copies the parameters into ``out`` ((d,) of the vector's dtype, allocated when None) and returns it."""
+        if out is None:
+            out = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        if self.parameters:
+            torch._foreach_copy_(self.views(out), self.parameters)
+        return out
+
+    @torch.no_grad()
+    def add_(self, update: Tensor, *, alpha: float = 1.0) -> None:
+        """Adds ``alpha * update``, ``update`` (d,), to the parameters in place."""
+        if self.parameters:
+            torch._foreach_add_(self.parameters, self.views(update), alpha=alpha)
+
+    @torch.no_grad()
+    def write_(self, value: Tensor) -> None:
+        """Replaces the parameters by ``value`` (d,), rounded to their own dtype."""
+        if self.parameters:
+            torch._foreach_copy_(self.parameters, self.views(value))
+
+    @torch.no_grad()
+    def distance(self, value: Tensor) -> float:
+        """Returns the Euclidean norm of the parameters minus ``value`` (d,); never a second vector in memory."""
+        squares = [
+            torch.linalg.vector_norm(p.to(self.dtype) - v)
+            for p, v in zip(self.parameters, self.views(value), strict=True)
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(squares))) if squares else 0.0

@@ -1,0 +1,592 @@
+"""The Lightning strategy: lifetime, launch, loops and checkpoints' moments around an algorithm and a transport.
+
+``ElasticStrategy`` is written against ``DDPStrategy``'s interface alone; ``_lightning`` binds it to the namespaces
+``pytorch_lightning`` and ``lightning.pytorch``, under the name ``EASGDStrategy``.
+"""
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd._coupling import Coupling, num_slots
+from lightning_easgd.algorithms import EASGD, Algorithm
+from lightning_easgd.communication import AllReduce, Transport, TransportError
+from lightning_easgd.communication._c10d import PrefixStore, Store, new_group
+from lightning_easgd.communication._rendezvous import Rendezvous
+from lightning_easgd.flatten import ParameterVector, coupled_parameters
+from lightning_easgd.rules import Addition
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning.accelerators import Accelerator
+    from pytorch_lightning.plugins import CheckpointIO, Precision
+    from pytorch_lightning.strategies import DDPStrategy as _DDPStrategy
+else:
+    _DDPStrategy = object
+
+__all__ = ["ElasticStrategy"]
+
+log = logging.getLogger(__name__)
+
+# How long a request to stop waits for an exchange to carry it before the replicas meet without one.
+_STOP_PATIENCE_S = 10.0
+# How long a process that already failed waits for an outstanding exchange, to save what it has.
+_LAST_DRAIN = timedelta(seconds=15)
+
+
+class ElasticStrategy(_DDPStrategy):
+    """Trains replicas on their own and ties them by an elastic force to a center variable.
+
+    Each process is one replica with the module's own optimizer, scheduler, precision, accumulation and clipping.
+    Validation, test, predict, the checkpoint's ``state_dict`` and the module after ``fit`` are the center's. Between
+    two exchanges a training step makes no call to ``torch.distributed``, Lightning's own per-batch broadcast included.
+
+    As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument.
+    """
+
+    # Set by the binding: how a user of either namespace imports the class that fits, and the monitor's class there.
+    _import_hint: str
+    _monitor_type: type[Any]
+
+    def __init__(
+        self,
+        algorithm: Algorithm | None = None,
+        transport: Transport | None = None,
+        *,
+        evaluate: Literal["center", "replica"] = "center",
+        on_nonfinite: Literal["raise", "reset"] = "raise",
+        accelerator: "Accelerator | None" = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: "ClusterEnvironment | None" = None,
+        checkpoint_io: "CheckpointIO | None" = None,
+        precision_plugin: "Precision | None" = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        """Creates the strategy; nothing is started before the Trainer runs.
+
+        Args:
+            algorithm: the loop of one replica; each optimizer gets a copy. Default ``EASGD()``.
+            transport: how a replica reaches the center. Default ``AllReduce()``.
+            evaluate: whose weights validation, test and predict use while fitting: the center's, the same on all
+                ranks, or each rank's own replica.
+            on_nonfinite: what happens to a replica whose delta is not finite: ``"raise"`` ends the job and names it;
+                ``"reset"`` puts it back on the center with a fresh optimizer state and goes on.
+            accelerator: as for DDPStrategy.
+            parallel_devices: as for DDPStrategy.
+            cluster_environment: as for DDPStrategy.
+            checkpoint_io: as for DDPStrategy.
+            precision_plugin: as for DDPStrategy.
+            process_group_backend: of Lightning's own process group; the exchange has one of its own.
+            timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
+            start_method: as for DDPStrategy.
+
+        Raises:
+            ValueError: an argument has the wrong type or value.
+        """
+        for name, value, kind in (("algorithm", algorithm, Algorithm), ("transport", transport, Transport)):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"EASGDStrategy({name}={value!r}): must be a lightning_easgd {kind.__name__} or None")
+        for name, choice, choices in (
+            ("evaluate", evaluate, ("center", "replica")),
+            ("on_nonfinite", on_nonfinite, ("raise", "reset")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"EASGDStrategy({name}={choice!r}): must be one of {', '.join(map(repr, choices))}")
+        self.algorithm = EASGD() if algorithm is None else algorithm
+        self.transport = AllReduce() if transport is None else transport
+        self.evaluate = evaluate
+        self.on_nonfinite = on_nonfinite
+        self.couplings: list[Coupling] = []
+        self._by_optimizer: dict[int, Coupling] = {}
+        self._rendezvous: Rendezvous | None = None
+        self._cleanup = ExitStack()
+        self._trainer: Trainer | None = None
+        self._stop_seen_at: float | None = None
+        self._report_every = 0
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+
+    def __repr__(self) -> str:
+        """Returns algorithm and transport, and which Trainer this class is for: Lightning's own error shows it."""
+        return f"<{type(self).__name__}({self.algorithm!r}, {self.transport!r}) for {self._import_hint}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a launcher sends to a process that it starts."""
+        state: dict[str, Any] = super().__getstate__()
+        state["_cleanup"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what ``__getstate__`` returned."""
+        state["_cleanup"] = ExitStack()
+        super().__setstate__(state)
+
+    # --- before any process is started ------------------------------------------------------------------------------
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas there are: one a process."""
+        return int(self.num_nodes * self.num_processes)
+
+    @property
+    def replica(self) -> int:
+        """Index of this process's replica."""
+        return int(self.global_rank)
+
+    @override
+    def _configure_launcher(self) -> None:
+        # The Trainer's constructor calls this when devices, nodes and precision are known and nothing runs yet.
+        self._check_devices()
+        self.algorithm.check(self.num_replicas)
+        super()._configure_launcher()
+
+    def _check_devices(self) -> None:
+        kind = self.parallel_devices[0].type if self.parallel_devices else "cpu"
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(
+                f"EASGDStrategy does not run on {kind!r} devices, which have no collectives: pass Trainer("
+                "accelerator='cpu', devices=2) or use CUDA devices"
+            )
+        name = type(self.precision_plugin).__name__
+        if name.startswith(("FSDP", "DeepSpeed", "XLA")):
+            raise ValueError(
+                f"EASGDStrategy(precision_plugin=<{name}>): this plugin needs the strategy of its name; use "
+                "Trainer(precision=...), for example 'bf16-mixed'"
+            )
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
+        if trainer.state.fn == "fit" and trainer.loggers:
+            self._add_monitor(trainer)
+        super().setup(trainer)
+        if trainer.state.fn != "fit":
+            self._patch(trainer._signal_connector, "_sigterm_notifier_fn", self._on_sigterm)
+            return
+        self._open_couplings()
+        self._take_over(trainer)
+        if trainer._checkpoint_connector._loaded_checkpoint:
+            rank_zero_warn(
+                "EASGDStrategy resumes from the center: every replica starts at the checkpoint's weights, with a copy "
+                "of replica 0's optimizer state; the replicas' own weights and clocks are not in the checkpoint"
+            )
+
+    def _add_monitor(self, trainer: "Trainer") -> None:
+        """Adds an ElasticMonitor where there is none: with the strategy's name alone, a run shows its coupling."""
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        if not any(isinstance(callback, self._monitor_type) for callback in callbacks):
+            monitor = self._monitor_type()
+            callbacks.insert(0, monitor)  # ModelCheckpoint stays last
+            monitor.setup(trainer, trainer.lightning_module, stage="fit")
+
+    @override
+    def configure_ddp(self) -> None:
+        # Where DDPStrategy wraps the module. Here it stays as it is: a replica is one process.
+        if self._layer_sync is not None:
+            rank_zero_warn(
+                "Trainer(sync_batchnorm=True) has no effect on EASGDStrategy with one process a replica: batch "
+                "statistics are each replica's own"
+            )
+        self._rendezvous = self._open_rendezvous()
+        self._check_same_parameters(self._rendezvous.store)
+        self._start_from_replica_0(self._rendezvous.store)
+
+    def _open_rendezvous(self) -> Rendezvous:
+        assert self.cluster_environment is not None
+        connect = partial(
+            Rendezvous,
+            self.cluster_environment.main_address,
+            rank=self.global_rank,
+            world_size=self.num_replicas,
+            timeout=self._wait,
+        )
+        if self.is_global_zero:
+            rendezvous = connect(None)
+            self.broadcast(rendezvous.port)
+        else:
+            rendezvous = connect(self.broadcast(None))
+        self._cleanup.callback(rendezvous.close)
+        return rendezvous
+
+    def _check_same_parameters(self, store: Store) -> None:
+        """Raises on every replica if one's parameters are not replica 0's, naming it and the parameter."""
+        module = self._module
+        own = [(n, str(p.dtype), list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
+        own += [(n, str(b.dtype), list(b.shape), False) for n, b in module.named_buffers()]
+        store.set(f"parameters/{self.replica}", json.dumps(own))
+        if self.replica == 0:
+            first = json.loads(json.dumps(own))
+            differences = (
+                _difference(replica, first, json.loads(store.get(f"parameters/{replica}")))
+                for replica in range(1, self.num_replicas)
+            )
+            store.set("parameters/verdict", "; ".join(filter(None, differences)))
+        verdict = store.get("parameters/verdict").decode()
+        if verdict:
+            raise ValueError(f"EASGDStrategy: all replicas must have the same parameters and buffers, but {verdict}")
+
+    def _start_from_replica_0(self, store: Store) -> None:
+        """Gives every replica the parameters and buffers of replica 0."""
+        module = self._module
+        tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
+        if self.num_replicas == 1 or not tensors:
+            return
+        group = new_group(PrefixStore("start", store), self.replica, self.num_replicas, self.root_device, self._wait)
+        with torch.no_grad():
+            for tensor in tensors:
+                data = tensor.detach().contiguous()
+                group.broadcast(data.view(-1).view(torch.uint8), 0).wait(
+                    self._wait
+                )  # bytes: any dtype, to the last bit
+                tensor.copy_(data)
+
+    def _open_couplings(self) -> None:
+        assert self._rendezvous is not None
+        for optimizer in self.optimizers:
+            if type(optimizer).__name__ in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"):
+                raise ValueError(
+                    f"EASGDStrategy: {type(optimizer).__name__} synchronises the replicas at every step; return the "
+                    "optimizer that it wraps from configure_optimizers"
+                )
+        for index, parameters in enumerate(coupled_parameters(self._module, self.optimizers)):
+            vector = ParameterVector(parameters.values())
+            center = self.transport.open(
+                vector.read(),
+                replica=self.replica,
+                num_replicas=self.num_replicas,
+                rule=Addition(),
+                store=PrefixStore(f"coupling/{index}", self._rendezvous.store),
+                timeout=self._wait,
+                num_slots=num_slots(self.num_replicas),
+            )
+            self._cleanup.callback(center.close)
+            coupling = Coupling(list(parameters), vector, copy.deepcopy(self.algorithm), center)
+            coupling.report_every = self._report_every
+            self.couplings.append(coupling)
+            self._by_optimizer[id(self.optimizers[index])] = coupling
+
+    @property
+    def _module(self) -> "LightningModule":
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _wait(self) -> timedelta:
+        return timedelta(minutes=30) if self._timeout is None else self._timeout
+
+    def _take_over(self, trainer: "Trainer") -> None:
+        """Puts this strategy into the places of the Trainer's loops for which a Strategy has no hook."""
+        fit_loop = trainer.fit_loop
+        epoch_loop = fit_loop.epoch_loop
+        if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # Lightning >= 2.6: a WORLD broadcast at every batch
+            self._patch(epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+        self._patch(trainer._signal_connector, "_sigterm_notifier_fn", self._on_sigterm)
+        # Around the whole of an evaluation, so that callbacks' hooks see its weights too, and an error puts them back.
+        self._patch(epoch_loop.val_loop, "run", partial(self._evaluate, epoch_loop.val_loop.run))
+        self._patch(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
+        # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
+        self._patch(fit_loop, "on_run_end", partial(self._end_training, fit_loop.on_run_end))
+
+    def _patch(self, owner: object, name: str, value: Callable[..., Any]) -> None:
+        """Hides a method of one object by ``value`` until teardown."""
+        setattr(owner, name, value)
+        self._cleanup.callback(vars(owner).pop, name, None)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: "LightningModule | nn.Module | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        coupling = self._by_optimizer[id(optimizer)]
+        output = None
+
+        def local_update() -> None:
+            nonlocal output
+            # DDPStrategy's own adds nothing without its model averager, which this strategy never has.
+            output = super(ElasticStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
+
+        coupling.step(local_update, partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None)
+        if coupling.stop_votes or self._stop_seen_at is not None or self._rendezvous_has_news:
+            self._attend_to_stop(coupling)
+        return output
+
+    def _recover(self, optimizer: Optimizer) -> None:
+        log.warning(
+            "replica %d: its delta was not finite; it starts again from the center with a fresh optimizer state",
+            self.replica,
+        )
+        optimizer.state.clear()
+
+    @property
+    def _rendezvous_has_news(self) -> bool:
+        return self._rendezvous is not None and (
+            self._rendezvous.stop_requested or self._rendezvous.failure is not None
+        )
+
+    def _attend_to_stop(self, coupling: Coupling) -> None:
+        """Ends training on all replicas together: a request to stop rides on the exchanges until all have seen it."""
+        assert self._rendezvous is not None
+        self._rendezvous.raise_if_failed()
+        if self._stop_seen_at is None:
+            self._stop_seen_at = time.monotonic()
+            for each in self.couplings:
+                each.stop = True
+        # A vote that all have read stops all at the same exchange. Where none comes for long, meeting does it.
+        if coupling.stop_votes or time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S:
+            self._meet()
+            self._set_received_sigterm()
+
+    def _set_received_sigterm(self) -> None:
+        # Lightning raises its SIGTERMException at the end of the batch where this is set.
+        assert self._trainer is not None
+        self._trainer._signal_connector.received_sigterm = True
+
+    def _on_sigterm(self, signum: int, _: object) -> None:
+        """Replaces Lightning's handler, which broadcasts over WORLD wherever the process happens to be."""
+        assert self._trainer is not None
+        log.info("rank %d received signal %d", self.global_rank, signum)
+        if self._rendezvous is None or not self.couplings or self.num_replicas == 1:
+            self._set_received_sigterm()
+        else:
+            self._rendezvous.request_stop()
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rendezvous is not None:
+            self._rendezvous.raise_if_failed()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rendezvous is not None:
+            self._rendezvous.raise_if_failed()
+            if self._rendezvous.stop_requested:
+                self._set_received_sigterm()  # nothing is outstanding while evaluating: each may stop where it is
+        return super().validation_step(*args, **kwargs)
+
+    # --- meeting points ---------------------------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        """Waits for all replicas, and completes what is outstanding. Collective and blocking.
+
+        A replica that is here while others still train takes its turn in their exchanges without adding anything;
+        the exchange in which all say that they are here is the last. All centers are then equal and at rest.
+        """
+        if not self.couplings:
+            return
+        if len(self.couplings) == 1:
+            self._settle(self.couplings[0])
+        else:  # another replica may need an answer from any of them first
+            with ThreadPoolExecutor(len(self.couplings)) as pool:
+                list(pool.map(self._settle, self.couplings))
+
+    @staticmethod
+    def _settle(coupling: Coupling) -> None:
+        coupling.abstain()
+        while not coupling.all_done:
+            coupling.abstain()
+
+    def _evaluate(self, run: Callable[[], Any]) -> Any:
+        self._meet()
+        with self._holding(self.evaluate):
+            return run()
+
+    def _end_epoch(self, on_advance_end: Callable[[], None]) -> None:
+        self._meet()
+        on_advance_end()
+
+    def _end_training(self, on_run_end: Callable[[], None]) -> None:
+        self._meet()
+        assert self._rendezvous is not None
+        self._rendezvous.retire()  # from here on a peer may end before this process does
+        self._hold("center")
+        on_run_end()
+
+    # --- whose weights the module holds -----------------------------------------------------------------------------
+
+    @contextmanager
+    def weights_of(self, whose: Literal["center", "replica"]) -> Iterator[None]:
+        """Puts the center's or this replica's weights into the module for the duration, and then what was there.
+
+        Collective while fitting: all ranks must enter it at the same point of the loop. Blocks for an outstanding
+        exchange. Outside of ``fit`` the module is the only copy and stays as it is. After training has ended, in
+        ``on_train_end``, the module holds the center and this gives the replica once more.
+        """
+        if whose not in ("center", "replica"):
+            raise ValueError(f"weights_of({whose!r}): must be 'center' or 'replica'")
+        if not self._all_hold(whose):
+            self._meet()
+        with self._holding(whose):
+            yield
+
+    @contextmanager
+    def _holding(self, whose: str) -> Iterator[None]:
+        before = [coupling.holds_center for coupling in self.couplings]
+        self._hold(whose)
+        try:
+            yield
+        finally:
+            for coupling, center in zip(self.couplings, before, strict=True):
+                if coupling.holds_center != center:
+                    coupling.swap()
+
+    def _all_hold(self, whose: str) -> bool:
+        return all(coupling.holds_center == (whose == "center") for coupling in self.couplings)
+
+    def _hold(self, whose: str) -> None:
+        for coupling in self.couplings:
+            if coupling.holds_center != (whose == "center"):
+                coupling.swap()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Returns the center's state dict: a copy on global rank zero, which writes it. Collective while fitting."""
+        if self._all_hold("center"):
+            state: dict[str, Any] = super().lightning_module_state_dict()
+            return state
+        if self._interrupted:
+            self._last_drain()
+        else:
+            self._meet()
+        with self._holding("center"):
+            state = super().lightning_module_state_dict()
+            if not self.is_global_zero:
+                return state  # not written
+            return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def _last_drain(self) -> None:
+        for coupling in self.couplings:
+            try:
+                coupling.drain(_LAST_DRAIN)
+            except TransportError as error:
+                log.warning("saving the center as it was before the last exchange: %s", error)
+
+    @property
+    def _interrupted(self) -> bool:
+        return self._trainer is not None and bool(self._trainer.interrupted)
+
+    # --- what Lightning asks of all ranks ---------------------------------------------------------------------------
+
+    # A process that failed is alone: ModelCheckpoint(save_on_exception=True) broadcasts and ends in a barrier.
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._interrupted:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._interrupted else super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor if self._interrupted else super().reduce(tensor, group, reduce_op)
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._rendezvous is not None and type(exception).__name__ != "SIGTERMException":
+            self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
+
+    @override
+    def teardown(self) -> None:
+        try:
+            self._cleanup.close()
+        finally:
+            self.couplings.clear()
+            self._by_optimizer.clear()
+            self._rendezvous = None
+            self._stop_seen_at = None
+            super().teardown()
+            self._trainer = None
+
+    # --- for callbacks ----------------------------------------------------------------------------------------------
+
+    def request_reports(self, every: int) -> None:
+        """Makes every coupling report each ``every``-th exchange (0: never). All ranks call it alike, before ``fit``.
+
+        A report costs a pass over the parameters and rides in the exchanges: no message of its own.
+        """
+        self._report_every = every
+        for coupling in self.couplings:
+            coupling.report_every = every
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Returns what a logger should keep of this run's strategy: plain values."""
+        return {
+            "strategy": type(self).__name__,
+            "transport": type(self.transport).__name__,
+            "num_replicas": self.num_replicas,
+            **self.algorithm.hyperparameters(self.num_replicas),
+        }
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers ``easgd`` and, as for DDP's names, its forms by start method."""
+        for name, start_method in (
+            ("easgd", "popen"),
+            ("easgd_spawn", "spawn"),
+            ("easgd_fork", "fork"),
+            ("easgd_notebook", "fork"),
+        ):
+            strategy_registry.register(
+                name,
+                cls,
+                description=f"Synchronous elastic averaging SGD with start_method {start_method!r}",
+                override=True,
+                start_method=start_method,
+            )
+
+
+def _difference(replica: int, first: list[Any], other: list[Any]) -> str:
+    """Returns in words where a replica's list of parameters leaves that of replica 0; empty where they agree."""
+    for ours, theirs in zip(first, other, strict=False):
+        if ours != theirs:
+            return f"replica {replica} has {_describe(theirs)} where replica 0 has {_describe(ours)}"
+    if len(first) != len(other):
+        longer, whose = (first, 0) if len(first) > len(other) else (other, replica)
+        return f"replica {replica} has {len(other)} and replica 0 {len(first)}; only replica {whose} has " + _describe(
+            longer[min(len(first), len(other))]
+        )
+    return ""
+
+
+def _describe(entry: list[Any]) -> str:
+    name, dtype, shape, requires_grad = entry
+    return f"{name!r} ({dtype}, shape {shape}, {'trainable' if requires_grad else 'not trainable'})"
