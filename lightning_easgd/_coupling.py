@@ -1,5 +1,6 @@
 """One optimizer's parameters tied to one center: the flat vector, the algorithm and its clock, and what it reports."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Report:
 
     Attributes:
         exchange: number of the exchange, counted from 1.
+        at: what the caller of ``Coupling.step`` said of the moment: this process's count of training steps.
         distance: (n,) ||x^i - c|| before the exchange.
         force: (n,) norm of the delta that each replica pushed.
         update: (n,) norm of the local update of the step that exchanged.
@@ -41,6 +43,7 @@ class Report:
     """
 
     exchange: int
+    at: int
     distance: Tensor
     force: Tensor
     update: Tensor
@@ -62,31 +65,33 @@ class Coupling:
     Attributes:
         stop: whether this replica asks all to stop, from its next exchange on.
         report_every: make a report every so many exchanges; 0 for never.
-        report: the last complete report.
+        reports: the last complete reports, oldest first.
     """
 
     def __init__(self, names: list[str], vector: ParameterVector, algorithm: Algorithm, center: OpenCenter) -> None:
         self.names, self.vector, self.algorithm, self.center = names, vector, algorithm, center
         self.stop = False
         self.report_every = 0
-        self.report: Report | None = None
+        self.reports: deque[Report] = deque(maxlen=256)
+        self._at = 0
         self._measured: dict[str, float] | None = None  # this replica's figures, not yet announced
-        self._announced_exchange = 0  # the exchange whose figures are in the slots now
-        self._center_norm = 0.0
+        self._announced: dict[str, float] | None = None  # those that are in the slots now
         self._stash: list[Tensor] | None = None
         self._holds_center = False
         algorithm.start(vector, center)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def step(self, local_update: Callable[[], None], recover: Callable[[], None] | None) -> None:
+    def step(self, local_update: Callable[[], None], *, recover: Callable[[], None] | None, at: int = 0) -> None:
         """Performs one iteration of the algorithm.
 
         Args:
             local_update: the optimizer's step; called exactly once.
             recover: called when this replica's delta is not finite, after the replica was put on the center; None to
                 let ``NonFiniteDeltaError`` through instead.
+            at: what a report of this step is marked with.
         """
+        self._at = at
         called = False
 
         def update() -> None:
@@ -142,32 +147,33 @@ class Coupling:
         self.center.announcement[STOP] = float(self.stop)
         self.center.announcement[DONE] = float(done)
         self.center.announcement[_VOTES:].zero_()
-        self._announced_exchange = 0
-        if self._measured is not None:
-            measured, self._measured = self._measured, None
+        measured, self._measured = self._measured, None
+        self._announced = measured
+        if measured is not None:
             first = _VOTES + self.center.replica * len(FIGURES)
             self.center.announcement[first : first + len(FIGURES)] = torch.tensor([measured[f] for f in FIGURES])
-            self._announced_exchange = int(measured["exchange"])
-            self._center_norm = measured["center_norm"]
 
     def _receive(self) -> None:
         """Reads the figures of all replicas from the exchange that was just completed."""
-        if not self._announced_exchange:
+        announced, self._announced = self._announced, None
+        if announced is None:
             return
         figures = self.center.announced[_VOTES:].view(self.center.num_replicas, len(FIGURES))
         present = figures[:, 0] > 0
         distance, force, update, exposed_s, hidden_s = figures[present, 1:].unbind(1)
-        self.report = Report(
-            self._announced_exchange,
-            distance,
-            force,
-            update,
-            exposed_s,
-            hidden_s,
-            center_norm=self._center_norm,
-            bytes_sent=self.center.traffic.bytes_sent,
+        self.reports.append(
+            Report(
+                exchange=int(announced["exchange"]),
+                at=int(announced["at"]),
+                distance=distance,
+                force=force,
+                update=update,
+                exposed_s=exposed_s,
+                hidden_s=hidden_s,
+                center_norm=announced["center_norm"],
+                bytes_sent=int(announced["bytes_sent"]),
+            )
         )
-        self._announced_exchange = 0
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -232,10 +238,12 @@ class _ObservedCenter:
         if coupling.report_every and exchange % coupling.report_every == 0 and self.snapshot is not None:
             self.measured = {
                 "exchange": exchange,
+                "at": coupling._at,
                 "present": 1.0,
                 "distance": coupling.vector.distance(self.snapshot.value),
                 "force": float(torch.linalg.vector_norm(delta)),
                 "update": 0.0,
+                "bytes_sent": center.traffic.bytes_sent,
                 "exposed_s": center.traffic.exposed_s,
                 "hidden_s": center.traffic.hidden_s,
                 "center_norm": float(torch.linalg.vector_norm(self.snapshot.value)),

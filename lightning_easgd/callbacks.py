@@ -23,9 +23,9 @@ __all__ = ["ElasticMonitor"]
 class ElasticMonitor(_Callback):
     """Logs how far the replicas are apart, what holds them together, and what communication costs.
 
-    The figures of all replicas ride in the exchanges, so it makes no collective of its own; they are known, and
-    logged, two exchanges after they were measured (the last of a run may be missing). Through every logger of the
-    Trainer, on global rank zero, with the optimizer steps of that moment as step:
+    The figures of all replicas ride in the exchanges, so it makes no collective of its own; they are known two
+    exchanges later, or at the next meeting point, and are logged with the step at which they were measured, through
+    every logger of the Trainer on global rank zero:
 
     ==================================== ==========================================================================
     ``easgd/consensus_distance``         mean over replicas of the Euclidean distance to the center
@@ -93,19 +93,16 @@ class ElasticMonitor(_Callback):
             self._log_new(trainer, trainer.strategy.couplings)
 
     def _log_new(self, trainer: "Trainer", couplings: list[Coupling]) -> None:
-        metrics: dict[str, float] = {}
         for index, coupling in enumerate(couplings):
-            report = coupling.report
-            if report is not None and self._logged.get(index) != report.exchange:
+            prefix = "easgd" if len(couplings) == 1 else f"easgd/{index}"
+            for report in coupling.reports:
+                if report.exchange <= self._logged.get(index, 0):
+                    continue
                 self._logged[index] = report.exchange
-                prefix = "easgd" if len(couplings) == 1 else f"easgd/{index}"
-                metrics |= {f"{prefix}/{key}": value for key, value in _figures(report).items()}
-        if metrics:
-            # The step that Lightning's own entries of this batch have.
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+                metrics = {f"{prefix}/{key}": value for key, value in _figures(report).items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, step=report.at)
+                trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
 
 
 def _figures(report: Report) -> dict[str, float]:

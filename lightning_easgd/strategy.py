@@ -336,7 +336,12 @@ class ElasticStrategy(_DDPStrategy):
             # DDPStrategy's own adds nothing without its model averager, which this strategy never has.
             output = super(ElasticStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
 
-        coupling.step(local_update, partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None)
+        assert self._trainer is not None
+        coupling.step(
+            local_update,
+            recover=partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None,
+            at=self._trainer.fit_loop.epoch_loop._batches_that_stepped,  # the step of Lightning's own log entries
+        )
         if coupling.stop_votes or self._stop_seen_at is not None or self._rendezvous_has_news:
             self._attend_to_stop(coupling)
         return output

@@ -114,7 +114,7 @@ class OpenCenter(ABC):
 
     def _refuse_nonfinite(self, delta: Tensor) -> None:
         """Raises ``NonFiniteDeltaError`` unless every number is finite. One pass; on CUDA it waits for the device."""
-        if not bool(torch.isfinite(torch.linalg.vector_norm(delta, ord=float("inf")))):
+        if delta.numel() and not bool(torch.isfinite(torch.linalg.vector_norm(delta, ord=float("inf")))):
             bad = int((~torch.isfinite(delta)).sum())
             raise NonFiniteDeltaError(
                 f"replica {self.replica}: {bad} of {delta.numel()} numbers in its delta are not finite; it was kept "

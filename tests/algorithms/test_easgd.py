@@ -1,0 +1,221 @@
+"""EASGD's arguments, checks, clock and state. Its arithmetic is in test_easgd_theory.py."""
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+
+from lightning_easgd.algorithms import EASGD, Algorithm, elastic_force, stable_step_sizes
+from lightning_easgd.flatten import ParameterVector
+from tests.in_process import InProcessCenter, quadratic_steps, run_synchronous, vectors
+
+
+@pytest.mark.parametrize("period", [0, -1, 2.5, True, "10", None])
+def test_period_must_be_a_positive_integer(period):
+    text = f"EASGD(period={period!r}): period must be an integer >= 1, in optimizer steps"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        EASGD(period=period)
+
+
+@pytest.mark.parametrize("name", ["moving_rate", "center_rate"])
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), float("-inf")])
+def test_rates_must_be_finite(name, rate):
+    text = f"EASGD({name}={rate!r}): {name} must be a finite number or None"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        EASGD(**{name: rate})
+
+
+def test_defaults():
+    algorithm = EASGD()
+    assert isinstance(algorithm, Algorithm)
+    assert algorithm.period == 10
+    assert algorithm.clock == 0
+    for p in (1, 2, 3, 4, 7, 16):
+        assert algorithm.rates(p) == (0.9 / p, 0.9)
+
+
+def test_each_rate_follows_from_the_other():
+    assert EASGD(moving_rate=0.1).rates(4) == (0.1, 0.4)
+    assert EASGD(center_rate=0.5).rates(4) == (0.125, 0.5)
+    assert EASGD(moving_rate=0.1, center_rate=0.5).rates(4) == (0.1, 0.5)
+    assert EASGD(moving_rate=0.0).rates(4) == (0.0, 0.0)
+    assert EASGD(center_rate=0.0).rates(4) == (0.0, 0.0)
+
+
+def test_repr_is_the_constructor_call():
+    for algorithm in (EASGD(), EASGD(3, 0.1), EASGD(period=1, moving_rate=-0.9, center_rate=1.0)):
+        again = eval(repr(algorithm), {"EASGD": EASGD})
+        assert (again.period, again.moving_rate, again.center_rate) == (
+            algorithm.period,
+            algorithm.moving_rate,
+            algorithm.center_rate,
+        )
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4, 16])
+def test_check_accepts_the_defaults(num_replicas):
+    EASGD().check(num_replicas)
+    EASGD(period=1).check(num_replicas)
+    EASGD(moving_rate=0.0).check(num_replicas)
+    EASGD(moving_rate=1 / num_replicas).check(num_replicas)
+
+
+@pytest.mark.parametrize(("moving_rate", "num_replicas"), [(0.41, 4), (0.5, 4), (1.01, 1), (0.2, 16), (3.0, 2)])
+def test_check_refuses_rates_that_no_step_size_makes_stable(moving_rate, num_replicas):
+    with pytest.raises(ValueError, match="no step size is stable") as raised:
+        EASGD(moving_rate=moving_rate).check(num_replicas)
+    assert str(raised.value) == (
+        f"EASGD(period=10, moving_rate={moving_rate}, center_rate=None) with {num_replicas} replicas: no step size is "
+        f"stable with a moving rate of {moving_rate:g} and a center rate of {num_replicas * moving_rate:g}; a moving "
+        f"rate above 0 and below 2 / (num_replicas + 1) = {2 / (num_replicas + 1):g} can be, {0.9 / num_replicas:g} "
+        "is the default"
+    )
+
+
+# 2 / (p + 1) itself is the edge. With these p nothing is lost to rounding on the way to it.
+@pytest.mark.parametrize("num_replicas", [1, 3, 4, 7, 15])
+def test_check_refuses_the_edge(num_replicas):
+    with pytest.raises(ValueError, match=re.escape("below 2 / (num_replicas + 1)")):
+        EASGD(moving_rate=2 / (num_replicas + 1)).check(num_replicas)
+
+
+@pytest.mark.parametrize("num_replicas", [2, 5, 6, 13])
+def test_check_refuses_the_edge_despite_rounding(num_replicas):
+    with pytest.raises(ValueError, match=re.escape("below 2 / (num_replicas + 1)")):
+        EASGD(moving_rate=2 / (num_replicas + 1)).check(num_replicas)
+
+
+@pytest.mark.parametrize("moving_rate", [-0.1, -1e-6])
+def test_check_refuses_negative_moving_rates_alone(moving_rate):
+    with pytest.raises(ValueError, match="a moving rate above 0"):
+        EASGD(moving_rate=moving_rate).check(4)
+
+
+def test_check_warns_beyond_the_papers_range():
+    text = (
+        "EASGD(period=10, moving_rate=0.3, center_rate=None) with 4 replicas: a center rate of 1.2 is beyond the "
+        "paper's range (0 to 1): the center overshoots the mean of the replicas and amplifies their noise; 0.9 is the "
+        "default"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
+        EASGD(moving_rate=0.3).check(4)
+    with pytest.warns(UserWarning, match=re.escape("a center rate of 1.5 is beyond")):
+        EASGD(center_rate=1.5).check(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EASGD(center_rate=1.0).check(4)
+
+
+def test_start_checks():
+    replica = vectors([0.0])[0]
+    center = InProcessCenter(replica.read(), 4)
+    with pytest.raises(ValueError, match="no step size is stable"):
+        EASGD(moving_rate=0.5).start(replica, center.handles[0])
+    EASGD().start(replica, center.handles[0])
+    assert center.pulls == [0, 0, 0, 0]
+
+
+def test_hyperparameters_are_the_rates_in_force():
+    assert EASGD().hyperparameters(4) == {
+        "algorithm": "EASGD",
+        "period": 10,
+        "moving_rate": 0.225,
+        "center_rate": 0.9,
+    }
+    values = EASGD(period=2, moving_rate=0.25).hyperparameters(2)
+    assert values == {"algorithm": "EASGD", "period": 2, "moving_rate": 0.25, "center_rate": 0.5}
+    assert all(type(v) in (str, int, float) for v in values.values())
+
+
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_is_due_on_the_first_step_and_every_period_after(period):
+    algorithm, replica = EASGD(period=period), vectors([1.0])[0]
+    center = InProcessCenter(replica.read(), 1)
+    due = []
+    for _ in range(3 * period + 1):
+        due.append(algorithm.is_due)
+        pulls = center.pulls[0]
+        algorithm.step(replica, center.handles[0], lambda: None)
+        assert center.pulls[0] - pulls == due[-1]
+    assert due == [t % period == 0 for t in range(3 * period + 1)]
+    assert algorithm.clock == 3 * period + 1
+    center._settle()
+    assert center.clock == 4
+
+
+def test_state_dict_round_trip_keeps_the_rhythm():
+    values = [1.0, -2.0, 4.0]
+    whole, halves = vectors(values), vectors(values)
+    whole_center = run_synchronous(
+        [EASGD(period=4, moving_rate=0.2) for _ in values], whole, quadratic_steps(whole, 0.1), 11
+    )
+
+    first = [EASGD(period=4, moving_rate=0.2) for _ in values]
+    center = run_synchronous(first, halves, quadratic_steps(halves, 0.1), 6)
+    states = [pickle.loads(pickle.dumps(a.state_dict())) for a in first]
+    assert states == [{"clock": 6}] * 3
+    second = [EASGD(period=4, moving_rate=0.2) for _ in values]
+    for algorithm, state in zip(second, states, strict=True):
+        algorithm.load_state_dict(state)
+    assert [a.clock for a in second] == [6] * 3
+    run_synchronous(second, halves, quadratic_steps(halves, 0.1), 5, center=center)
+
+    assert torch.equal(center.value, whole_center.value)
+    for a, b in zip(halves, whole, strict=True):
+        assert torch.equal(a.read(), b.read())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copy", "pickle"])
+def test_copies_are_independent(copied):
+    original, replica = EASGD(period=2, moving_rate=0.3), vectors([1.0])[0]
+    center = InProcessCenter(torch.zeros(1, dtype=torch.float64), 1)
+    original.step(replica, center.handles[0], lambda: None)
+    other = copied(original)
+    assert (other.clock, other.period, other.moving_rate) == (1, 2, 0.3)
+    for _ in range(3):
+        other.step(replica, center.handles[0], lambda: None)
+    assert (original.clock, other.clock) == (1, 4)
+    assert EASGD().clock == 0
+
+
+def test_one_object_may_be_used_for_vectors_of_one_size_only_after_another():
+    algorithm = EASGD(period=1, moving_rate=0.25)
+    for value in (1.0, 3.0):
+        replica = vectors([value], num_runs=5)[0]
+        center = InProcessCenter(torch.zeros(5, dtype=torch.float64), 1)
+        algorithm.step(replica, center.handles[0], lambda: None)
+        assert torch.equal(replica.read(), torch.full((5,), 0.75 * value, dtype=torch.float64))
+
+
+def test_elastic_force_modifies_neither_side():
+    x = torch.tensor([1.0, 2.0, -3.0])
+    c = torch.tensor([0.5, 2.0, 1.0])
+    replica, center, out = ParameterVector([x]), c.clone(), torch.empty(3)
+    force = elastic_force(replica, center, 0.5, out=out)
+    assert force is out
+    assert force.tolist() == [0.25, 0.0, -2.0]
+    assert x.tolist() == [1.0, 2.0, -3.0]
+    assert torch.equal(center, c)
+    assert torch.equal(elastic_force(replica, center, 0.5), force)
+
+
+def test_elastic_force_of_half_precision_is_in_the_centers_precision():
+    x = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
+    force = elastic_force(ParameterVector([x]), torch.tensor([1.0 - 2**-20, 1.0 + 2**-20]), 2**-10)
+    assert force.dtype == torch.float32
+    assert force.tolist() == [2**-30, -(2**-30)]  # far below what bfloat16 resolves near 1
+
+
+def test_stable_step_sizes_of_special_rates():
+    assert stable_step_sizes(4, 0.0, 0.0) == (0.0, 2.0)
+    assert stable_step_sizes(4, 0.0, 0.9) == pytest.approx((0.0, 2.0))
+    assert stable_step_sizes(4, 0.5, 2.0) is None
+    assert stable_step_sizes(4, -0.1, -0.4) is None
+    assert stable_step_sizes(4, 0.1, 0.0) is None  # the center stays where it is: an eigenvalue of 1
+    # Heavy ball: e < 2 (1 + m).
+    assert stable_step_sizes(1, -0.9, 1.0) == pytest.approx((0.0, 3.8))
+    # Differences between replicas grow unless e > -alpha.
+    assert stable_step_sizes(2, -0.4, 0.9) == pytest.approx((0.4, (4 + 0.8 - 1.8) / 1.1))

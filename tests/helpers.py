@@ -1,0 +1,116 @@
+"""Replicas for tests: as threads with real Gloo groups, and as processes. They fail, they never hang."""
+
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=10)
+
+
+def run_threads(function: Callable[..., Any], num_replicas: int, *args: Any) -> list[Any]:
+    """Calls ``function(replica, store, *args)`` in one thread a replica, over one store; returns the results."""
+    store = dist.HashStore()
+    results: list[Any] = [None] * num_replicas
+    errors: list[BaseException | None] = [None] * num_replicas
+
+    def run(replica: int) -> None:
+        try:
+            results[replica] = function(replica, store, *args)
+        except BaseException as error:
+            errors[replica] = error
+
+    threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(num_replicas)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 3 * TIMEOUT.total_seconds()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), f"a replica hangs; errors so far: {errors}"
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _child(replica: int, folder: str, environment: dict[str, str], deadline: float, function: Any, args: Any) -> None:
+    os.environ.update(environment)
+    os.environ["LOCAL_RANK"] = str(replica)
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(deadline, exit=True)
+    try:
+        torch.save(function(replica, *args), Path(folder, f"{replica}.pt"))
+    except BaseException:
+        Path(folder, f"{replica}.error").write_text(traceback.format_exc())
+        raise
+
+
+class Replicas:
+    """Processes that run ``function(replica, *args)`` as ranks of one job, as a launcher outside of Lightning would."""
+
+    def __init__(self, function: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60) -> None:
+        self._folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._timeout = timeout
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "NODE_RANK": "0",
+            "WORLD_SIZE": str(num_replicas),
+        }
+        context = multiprocessing.get_context("forkserver")
+        self.processes = [
+            context.Process(
+                target=_child, args=(r, self._folder, environment, timeout - 5, function, args), daemon=True
+            )
+            for r in range(num_replicas)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def join(self) -> list[int | None]:
+        """Waits for all processes, ends those that hang, and returns the exit codes."""
+        deadline = time.monotonic() + self._timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.processes]
+
+    def error(self, replica: int) -> str:
+        """Returns the traceback with which a replica ended; empty if there was none."""
+        path = Path(self._folder, f"{replica}.error")
+        return path.read_text() if path.exists() else ""
+
+    def results(self) -> list[Any]:
+        """Waits for all processes and returns what they returned; raises if one of them failed."""
+        codes = self.join()
+        errors = "\n".join(f"replica {r}: {self.error(r)}" for r in range(len(codes)) if self.error(r))
+        assert not any(codes), f"exit codes {codes}\n{errors}"
+        return [torch.load(Path(self._folder, f"{r}.pt"), weights_only=False) for r in range(len(self.processes))]
+
+
+def run_replicas(function: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60) -> list[Any]:
+    """Runs ``function(replica, *args)`` in one process a replica and returns the results."""
+    return Replicas(function, num_replicas, *args, timeout=timeout).results()

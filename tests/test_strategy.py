@@ -1,0 +1,514 @@
+"""The strategy under a real Trainer, two processes: the arithmetic, whose weights are where, and the rendezvous."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lightning_easgd
+from lightning_easgd import EASGD, EASGDStrategy, ElasticMonitor
+from tests import modules
+from tests.helpers import run_replicas
+from tests.modules import NAMESPACES, REGRESSIONS, Regression, flat, linear_data, loader, trainer
+
+namespaces = pytest.mark.parametrize("namespace", list(NAMESPACES))
+
+PERIOD, RATE, STEPS, BATCH = 3, 0.3, 32, 4
+
+
+class _Recorder(modules.pytorch_lightning.Callback):
+    """Keeps every batch, and replica and center at the end."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.center = self.replica = torch.empty(0)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append([t.clone() for t in batch])
+
+    def on_train_end(self, trainer, pl_module):
+        self.center = flat(pl_module)
+        with trainer.strategy.weights_of("replica"):
+            self.replica = flat(pl_module)
+        assert torch.equal(flat(pl_module), self.center)
+
+
+def _fit_recorded(replica: int) -> dict[str, Any]:
+    module, recorder = Regression(), _Recorder()
+    if replica:  # another initialisation, which replica 0's must replace
+        torch.nn.init.normal_(module.net[0].weight)
+    strategy = EASGDStrategy(EASGD(period=PERIOD, moving_rate=RATE))
+    t = trainer(strategy=strategy, callbacks=[recorder], max_epochs=4)
+    t.fit(module, loader())
+    return {
+        "batches": recorder.batches,
+        "center": recorder.center,
+        "replica": recorder.replica,
+        "after": flat(module),
+        "steps": t.global_step,
+    }
+
+
+def test_two_processes_equal_the_dense_recurrence():
+    """The same equations on the same batches in one process, written out; centers equal to the last bit."""
+    results = run_replicas(_fit_recorded, 2)
+    replicas = [Regression() for _ in results]
+    optimizers = [torch.optim.SGD(r.parameters(), lr=r.lr, momentum=r.momentum) for r in replicas]
+    center = flat(replicas[0])
+    assert [r["steps"] for r in results] == [STEPS, STEPS]
+    for step in range(STEPS):
+        forces = [RATE * (flat(r) - center) for r in replicas]
+        for r, optimizer, result in zip(replicas, optimizers, results, strict=True):
+            optimizer.zero_grad()
+            r.loss(result["batches"][step]).backward()
+            optimizer.step()
+        if step % PERIOD == 0:
+            for r, force in zip(replicas, forces, strict=True):
+                torch.nn.utils.vector_to_parameters(flat(r) - force, r.parameters())
+            center = center + sum(forces)
+    assert torch.equal(results[0]["center"], results[1]["center"])
+    torch.testing.assert_close(results[0]["center"], center, atol=1e-5, rtol=0)
+    for result, r in zip(results, replicas, strict=True):
+        torch.testing.assert_close(result["replica"], flat(r), atol=1e-5, rtol=0)
+        assert torch.equal(result["after"], result["center"])  # after fit the module holds the center
+    assert not torch.equal(results[0]["replica"], results[1]["replica"])
+    # Each replica saw its own shard.
+    assert not torch.equal(results[0]["batches"][0][0], results[1]["batches"][0][0])
+
+
+def _fit_once(replica: int, namespace: str, strategy: str) -> Any:
+    module = REGRESSIONS[namespace]()
+    t = trainer(namespace, strategy=strategy, devices=1)
+    t.fit(module, loader())
+    return type(t.strategy).__module__, flat(module)
+
+
+@namespaces
+def test_one_replica_runs_in_both_namespaces(namespace):
+    [(home, weights)] = run_replicas(_fit_once, 1, namespace, "easgd")
+    assert home == {"pytorch_lightning": "lightning_easgd", "lightning.pytorch": "lightning_easgd.pytorch"}[namespace]
+    assert torch.isfinite(weights).all()
+
+
+def _fit_alone(replica: int, coupled: bool) -> Any:
+    module = Regression()
+    strategy = EASGDStrategy(EASGD(period=1, moving_rate=0.0)) if coupled else "auto"
+    recorder = _Recorder() if coupled else None
+    # Lightning's own sampler shuffles whatever the loader says.
+    callbacks = [recorder] if recorder else []
+    t = trainer(strategy=strategy, devices=1, max_epochs=2, callbacks=callbacks, use_distributed_sampler=False)
+    t.fit(module, loader(shuffle=False))
+    return recorder.replica if recorder else flat(module)
+
+
+def test_one_replica_without_elastic_force_is_the_optimizer_alone_to_the_last_bit():
+    [coupled] = run_replicas(_fit_alone, 1, True)
+    [alone] = run_replicas(_fit_alone, 1, False)
+    assert torch.equal(coupled, alone)
+
+
+class _WeightsSeen(modules.pytorch_lightning.Callback):
+    """Notes which weights the hooks around an evaluation see."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[torch.Tensor]] = {}
+
+    def _note(self, name, pl_module):
+        self.seen.setdefault(name, []).append(flat(pl_module))
+
+    def on_validation_start(self, trainer, pl_module):
+        self._note("start", pl_module)
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        self._note("batch", pl_module)
+
+    def on_validation_end(self, trainer, pl_module):
+        self._note("end", pl_module)
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self._note("train", pl_module)
+
+
+def _evaluate(replica: int, evaluate: str) -> Any:
+    module, seen = Regression(), _WeightsSeen()
+    t = trainer(
+        strategy=EASGDStrategy(EASGD(period=2), evaluate=evaluate), callbacks=[seen], val_check_interval=3, max_epochs=1
+    )
+    t.fit(module, loader(), loader(shuffle=False))
+    fitted = flat(module)
+    during_fit = {hook: list(weights) for hook, weights in seen.seen.items()}
+    validated = t.validate(module, loader(shuffle=False), verbose=False)
+    tested = t.test(module, loader(shuffle=False), verbose=False)
+    predicted = torch.cat(t.predict(module, loader(shuffle=False)))
+    return during_fit, fitted, flat(module), validated, tested, predicted
+
+
+@pytest.mark.parametrize("evaluate", ["center", "replica"])
+def test_whose_weights_are_evaluated(evaluate):
+    results = run_replicas(_evaluate, 2, evaluate)
+    (seen0, fitted0, after0, validated0, tested0, predicted0), (seen1, fitted1, *_) = results
+    for hook in ("start", "batch", "end"):
+        for a, b in zip(seen0[hook], seen1[hook], strict=True):
+            assert torch.equal(a, b) == (evaluate == "center")
+    assert len(seen0["start"]) == 2
+    # Steps 0 to 2 come before the first evaluation; training goes on from the replica as it was.
+    assert not torch.equal(seen0["train"][3], seen0["start"][0]) or evaluate == "replica"
+    assert torch.equal(fitted0, fitted1)
+    assert torch.equal(fitted0, after0)
+    assert validated0[0]["val_loss"] == pytest.approx(tested0[0]["test_loss"], rel=1e-6)
+    assert predicted0.shape == (32, 1)
+
+
+def _evaluation_raises(replica: int) -> Any:
+    class Raising(modules.pytorch_lightning.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, *_):
+            self.center = flat(pl_module)
+            raise KeyError("in validation")
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.replica = flat(pl_module)
+
+        def on_exception(self, trainer, pl_module, exception):
+            self.at_exception = flat(pl_module)
+
+    raising, module = Raising(), Regression()
+    with pytest.raises(KeyError, match="in validation"):
+        trainer(callbacks=[raising]).fit(module, loader(), loader())
+    return raising.replica, raising.center, raising.at_exception, flat(module)
+
+
+def test_an_evaluation_that_raises_puts_the_replica_back():
+    for replica, center, at_exception, after in run_replicas(_evaluation_raises, 2):
+        assert not torch.equal(replica, center)
+        assert torch.equal(at_exception, replica)
+        assert torch.equal(after, replica)
+
+
+def _save_and_resume(replica: int, folder: str) -> Any:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    module = Regression()
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=7, save_top_k=-1, save_last=True)
+    t = trainer(callbacks=[checkpoint, _Recorder()], enable_checkpointing=True, max_epochs=2)
+    t.fit(module, loader(), loader(shuffle=False))
+    logged, center = float(t.callback_metrics["val_loss"]), flat(module)
+    mid = torch.load(Path(folder, "step=7.ckpt"), weights_only=True)["state_dict"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = Regression()
+        start = _Recorder()
+        t = trainer(callbacks=[start], max_epochs=3)
+        t.fit(resumed, loader(), ckpt_path=str(Path(folder, "last.ckpt")))
+    return logged, center, mid, [str(w.message) for w in caught], t.global_step
+
+
+_VALIDATE = """
+import json, sys
+import torch
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, TensorDataset
+
+class Plain(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+data = torch.load(sys.argv[2])
+trainer = pl.Trainer(strategy="auto", accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+loader = DataLoader(TensorDataset(*data), batch_size=4)
+found = trainer.validate(Plain(), loader, ckpt_path=sys.argv[1], verbose=False)
+assert not any(name.startswith("lightning_easgd") for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+def test_a_checkpoint_is_an_ordinary_one_of_the_center(tmp_path):
+    results = run_replicas(_save_and_resume, 2, str(tmp_path))
+    logged, center, mid, warned, steps = results[0]
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(torch.cat([v.flatten() for v in saved.values()]), center)
+    # A tensor's file holds the tensor, not the vector that it may be a view of.
+    assert all(v.untyped_storage().nbytes() == v.numel() * v.element_size() for v in saved.values())
+    assert not torch.equal(torch.cat([v.flatten() for v in mid.values()]), center)
+    assert any("resumes from the center" in text for text in warned)
+    assert steps == 24
+    torch.save(linear_data().tensors, tmp_path / "data.pt")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", _VALIDATE, str(tmp_path / "last.ckpt"), str(tmp_path / "data.pt")],
+        capture_output=True, text=True, env=environment, check=True, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    assert json.loads(found.stdout.splitlines()[-1])[0]["val_loss"] == pytest.approx(logged, rel=1e-6)
+
+
+def _count_calls(replica: int, folder: str) -> Any:
+    """Counts every call into torch.distributed, and into the strategy's own groups, by training step."""
+    calls: Counter[int] = Counter()
+    names: Counter[str] = Counter()
+    step = [-1]
+
+    def counting(name: str, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if step[0] >= 0:
+                calls[step[0]] += 1
+                names[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    c10d = dist.distributed_c10d
+    for name in dir(dist):
+        function = getattr(dist, name)
+        if callable(function) and not isinstance(function, type) and not name.startswith("is_") and name[0] != "_":
+            wrapped = counting(name, function)
+            for owner in (dist, c10d):
+                if getattr(owner, name, None) is function:
+                    setattr(owner, name, wrapped)
+    for kind in (dist.ProcessGroupGloo, dist.ProcessGroup, dist.TCPStore, dist.PrefixStore):
+        for name in ("allreduce", "broadcast", "allgather", "barrier", "send", "recv", "get", "set", "add", "wait"):
+            if hasattr(kind, name):
+                setattr(kind, name, counting(f"{kind.__name__}.{name}", getattr(kind, name)))
+
+    class Steps(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            # The next batch begins here: its fetch and Lightning's per-batch broadcast belong to it.
+            step[0] = -1 if batch_idx == trainer.num_training_batches - 1 else batch_idx + 1
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            step[0] = 0
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            step[0] = -1
+
+    import pytorch_lightning.loggers
+
+    t = trainer(
+        strategy=EASGDStrategy(EASGD(period=3)),
+        callbacks=[Steps()],
+        accumulate_grad_batches=2,
+        enable_progress_bar=True,
+        logger=pytorch_lightning.loggers.CSVLogger(folder),
+        log_every_n_steps=1,
+        limit_train_batches=24,
+    )
+    t.fit(Regression(), loader(256))
+    return dict(calls), dict(names), t.global_step
+
+
+def test_between_two_exchanges_nothing_is_communicated(tmp_path):
+    """With accumulation over 2 batches and period 3, the exchanges lie in batches 1, 7, 13 and 19, and nowhere else."""
+    for calls, names, steps in run_replicas(_count_calls, 2, str(tmp_path)):
+        assert steps == 12
+        assert set(calls) == {1, 7, 13, 19}, names
+        assert names == {"ProcessGroupGloo.allreduce": 4}
+
+
+def _different_parameters(replica: int, change: str) -> Any:
+    module = Regression()
+    if replica == 1:
+        if change == "shape":
+            module.net[2] = torch.nn.Linear(8, 3)
+        elif change == "frozen":
+            module.net[0].weight.requires_grad_(False)
+        elif change == "more":
+            module.extra = torch.nn.Parameter(torch.zeros(2))
+    try:
+        trainer().fit(module, loader())
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("shape", "replica 1 has 'net.2.weight' (torch.float32, shape [3, 8], trainable) where replica 0 has "
+                  "'net.2.weight' (torch.float32, shape [1, 8], trainable)"),
+        ("frozen", "replica 1 has 'net.0.weight' (torch.float32, shape [8, 4], not trainable) where replica 0 has"),
+        ("more", "replica 1 has 'extra' (torch.float32, shape [2], trainable) where replica 0 has 'net.0.weight'"),
+    ],
+)  # fmt: skip
+def test_replicas_that_differ_are_named(change, text):
+    for message in run_replicas(_different_parameters, 2, change):
+        assert message.startswith("EASGDStrategy: all replicas must have the same parameters and buffers, but ")
+        assert text in message
+
+
+def _nonfinite(replica: int, on_nonfinite: str) -> Any:
+    class Poison(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if replica == 1 and batch_idx == 2:
+                with torch.no_grad():
+                    pl_module.net[0].weight[0, 0] = float("nan")
+
+    module = Regression()
+    strategy = EASGDStrategy(EASGD(period=2), on_nonfinite=on_nonfinite)
+    try:
+        trainer(strategy=strategy, callbacks=[Poison()]).fit(module, loader())
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return flat(module)
+
+
+def test_a_delta_that_is_not_finite_ends_the_job_and_names_the_replica():
+    first, second = run_replicas(_nonfinite, 2, "raise")
+    assert re.match(r"NonFiniteDeltaError: replica 1: \d+ of 49 numbers in its delta are not finite", second)
+    assert "replica 1" in first or "replica 0 of 2: the all-reduce" in first
+
+
+def test_a_replica_whose_delta_is_not_finite_starts_again_from_the_center():
+    first, second = run_replicas(_nonfinite, 2, "reset")
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, second)
+
+
+# --- bad input, before any process is started ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"algorithm": "easgd"}, r"EASGDStrategy\(algorithm='easgd'\): must be a lightning_easgd Algorithm or None"),
+        ({"transport": 3}, r"EASGDStrategy\(transport=3\): must be a lightning_easgd Transport or None"),
+        ({"evaluate": "mean"}, r"EASGDStrategy\(evaluate='mean'\): must be one of 'center', 'replica'"),
+        ({"on_nonfinite": "ignore"}, r"EASGDStrategy\(on_nonfinite='ignore'\): must be one of 'raise', 'reset'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        EASGDStrategy(**arguments)
+
+
+def test_an_unstable_rate_is_refused_by_the_trainers_constructor():
+    with pytest.raises(ValueError, match=r"with 4 replicas: no step size is stable with a moving rate of 0.5"):
+        trainer(strategy=EASGDStrategy(EASGD(moving_rate=0.5)), devices=4)
+
+
+def test_a_center_rate_beyond_the_papers_is_warned_of():
+    with pytest.warns(UserWarning, match="a center rate of 1.2 is beyond the paper's range"):
+        trainer(strategy=EASGDStrategy(EASGD(moving_rate=0.3)), devices=4)
+
+
+def test_devices_without_collectives_are_refused():
+    with pytest.raises(ValueError, match=r"EASGDStrategy does not run on 'mps' devices.*accelerator='cpu'"):
+        trainer(strategy=EASGDStrategy(parallel_devices=[torch.device("mps")]), accelerator="auto")
+
+
+def test_precision_plugins_of_other_strategies_are_refused():
+    from pytorch_lightning.plugins import FSDPPrecision
+
+    with pytest.raises(ValueError, match="<FSDPPrecision>.*needs the strategy of its name"):
+        trainer(strategy=EASGDStrategy(), plugins=[FSDPPrecision("bf16-true")])
+
+
+def _zero(replica: int) -> str:
+    class Module(Regression):
+        def configure_optimizers(self):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from torch.distributed.optim import ZeroRedundancyOptimizer
+
+                return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, lr=0.1)
+
+    try:
+        trainer(devices=1).fit(Module(), loader())
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_sharded_optimizers_are_refused():
+    [message] = run_replicas(_zero, 1)
+    assert message.startswith("EASGDStrategy: ZeroRedundancyOptimizer synchronises the replicas at every step; return")
+
+
+def test_a_strategy_of_the_other_namespace_names_the_import():
+    import lightning.pytorch
+    import pytorch_lightning
+
+    with pytest.raises(ValueError, match="for pytorch_lightning.Trainer: `from lightning_easgd import EASGDStrategy`"):
+        lightning.pytorch.Trainer(strategy=EASGDStrategy())
+    with pytest.raises(ValueError, match="`from lightning_easgd.pytorch import EASGDStrategy`"):
+        pytorch_lightning.Trainer(strategy=lightning_easgd.pytorch.EASGDStrategy())
+
+
+@namespaces
+def test_the_names_are_registered(namespace):
+    registry = NAMESPACES[namespace].strategies.StrategyRegistry
+    for name, start_method in (
+        ("easgd", "popen"), ("easgd_spawn", "spawn"), ("easgd_fork", "fork"), ("easgd_notebook", "fork")
+    ):  # fmt: skip
+        strategy = registry.get(name)
+        assert type(strategy).__name__ == "EASGDStrategy"
+        assert strategy._start_method == start_method
+        assert isinstance(strategy, NAMESPACES[namespace].strategies.DDPStrategy)
+
+
+def test_slurms_environment_is_read_as_by_ddp(monkeypatch):
+    for key, value in {
+        "SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "a[1-3]",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    strategy = trainer(devices=2, num_nodes=3).strategy
+    assert (strategy.num_replicas, strategy.replica, strategy.local_rank) == (6, 3, 1)
+    assert strategy.cluster_environment.main_address == "a1"
+    assert strategy.cluster_environment.creates_processes_externally
+
+
+def test_weights_of_asks_for_one_of_two():
+    with pytest.raises(ValueError, match=r"weights_of\('mean'\): must be 'center' or 'replica'"), EASGDStrategy(
+    ).weights_of("mean"):  # fmt: skip
+        pass
+
+
+# --- monitor ---
+
+
+def _monitor(replica: int, folder: str) -> Any:
+    from pytorch_lightning.loggers import CSVLogger
+
+    t = trainer(strategy=EASGDStrategy(EASGD(period=4)), logger=CSVLogger(folder, version=0), max_epochs=2)
+    t.fit(Regression(), loader())
+    monitors = [c for c in t.callbacks if isinstance(c, ElasticMonitor)]
+    return len(monitors), {k: float(v) for k, v in t.callback_metrics.items()}
+
+
+KEYS = ("consensus_distance", "consensus_distance_max", "consensus_distance_relative", "force_norm", "update_norm",
+        "force_to_update", "exchanges", "bytes_sent", "exposed_s", "hidden_s")  # fmt: skip
+
+
+def test_the_monitor_comes_by_itself_and_logs(tmp_path):
+    import csv
+
+    for count, metrics in run_replicas(_monitor, 2, str(tmp_path)):
+        assert count == 1
+        assert {f"easgd/{key}" for key in KEYS} <= set(metrics)
+        # With one rate the force is the moving rate times the distance.
+        assert metrics["easgd/force_norm"] == pytest.approx(0.45 * metrics["easgd/consensus_distance"], rel=1e-5)
+        assert metrics["easgd/consensus_distance"] <= metrics["easgd/consensus_distance_max"]
+        assert metrics["easgd/update_norm"] > 0
+    folder = tmp_path / "lightning_logs" / "version_0"
+    with open(folder / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["easgd/exchanges"]]
+    assert [float(row["easgd/exchanges"]) for row in rows] == [1, 2, 3, 4]
+    assert float(rows[0]["easgd/consensus_distance"]) == 0  # all start at the center
+    hyperparameters = (folder / "hparams.yaml").read_text()
+    for line in ("strategy: EASGDStrategy", "algorithm: EASGD", "period: 4", "moving_rate: 0.45", "num_replicas: 2"):
+        assert line in hyperparameters
+
+
+def test_the_monitors_interval_is_checked():
+    with pytest.raises(ValueError, match=r"ElasticMonitor\(every_n_exchanges=0\): must be an integer >= 1"):
+        ElasticMonitor(every_n_exchanges=0)
