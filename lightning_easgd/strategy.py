@@ -526,7 +526,10 @@ class ElasticStrategy(_DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self._rendezvous is not None and type(exception).__name__ != "SIGTERMException":
-            self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
+            first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
+            if first is not None and first not in str(exception):
+                # This process only lost its peer; the user wants to know why.
+                exception.args = (f"{exception}\nAnother process failed first: {first}",)
 
     @override
     def teardown(self) -> None:

@@ -19,6 +19,11 @@ __all__ = ["Rendezvous"]
 log = logging.getLogger(__name__)
 
 _FAILURE, _STOP = "failure", "stop"
+_FAREWELL = timedelta(seconds=2)
+
+
+def _seen(rank: int) -> str:
+    return f"failure/seen/{rank}"
 
 
 class Rendezvous:
@@ -50,7 +55,7 @@ class Rendezvous:
         poll: timedelta = timedelta(seconds=1),
         grace: timedelta = timedelta(seconds=20),
     ) -> None:
-        self.rank = rank
+        self.rank, self._world_size = rank, world_size
         self.failure: str | None = None
         self.stop_requested = False
         self._host, self._timeout, self._poll, self._grace = host, timeout, poll, grace
@@ -63,12 +68,25 @@ class Rendezvous:
         if world_size > 1:
             self._watcher.start()
 
-    def report_failure(self, message: str) -> None:
-        """Tells all processes that this one fails. The first report stays. Never raises: it is called while failing."""
+    def report_failure(self, message: str) -> str | None:
+        """Tells all processes that this one fails, and returns what another process reported before it, if one did.
+
+        Never raises, since it is called while failing. Rank 0, with which the store ends, waits a moment until the
+        others have read it.
+        """
+        own = f"rank {self.rank}: {message}"
         try:
-            self.store.compare_set(_FAILURE, "", f"rank {self.rank}: {message}")
+            first = self.store.compare_set(_FAILURE, "", own).decode()
         except RuntimeError as error:
-            log.warning("rank %d could not tell the others that it fails: %s", self.rank, error)
+            log.info("rank %d could not tell the others that it fails: %s", self.rank, error)
+            return self.failure
+        if self.rank == 0:
+            others = [_seen(rank) for rank in range(1, self._world_size)]
+            try:
+                self.store.wait(others, _FAREWELL)
+            except RuntimeError as error:
+                log.info("not all processes have read that rank 0 fails: %s", error)
+        return None if first == own else first
 
     def request_stop(self) -> None:
         """Asks all processes to stop. Safe in a signal handler: the watcher tells the others, within ``poll``."""
@@ -100,6 +118,7 @@ class Rendezvous:
                     store.set(_STOP, str(self.rank))
                 if store.check([_FAILURE]):
                     failure = store.get(_FAILURE).decode()
+                    store.set(_seen(self.rank), "1")
                     break
             else:
                 return

@@ -1,0 +1,106 @@
+"""However a job ends - a signal, an exception or a silent death, on one process or on all - all processes end soon.
+
+The replicas here are processes of a launcher that kills nobody, so that each must notice by itself.
+"""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_easgd import EASGD, EASGDStrategy
+from tests import modules
+from tests.helpers import Replicas
+from tests.modules import Regression, loader, trainer
+
+# A job's end must come well before the 60 s that a user is promised.
+BOUND_S = 40.0
+LONG = 10**9
+
+
+def _train(replica: int, port: int, folder: str, period: int, misbehave: str, culprit: int) -> None:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+
+    class Progress(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 30:
+                store.set(f"running/{replica}", str(os.getpid()))
+            if trainer.global_step == 35 and replica == culprit:
+                if misbehave == "raise":
+                    raise KeyError("the original error")
+                if misbehave == "die":
+                    os._exit(9)
+
+    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=10, save_on_exception=True)
+    trainer(
+        strategy=EASGDStrategy(EASGD(period=period)),
+        max_epochs=-1,
+        callbacks=[Progress(), checkpoint],
+        enable_checkpointing=True,
+    ).fit(Regression(), loader())
+
+
+def _run(folder: Path, period: int = 5, misbehave: str = "", culprit: int = -1) -> tuple[Replicas, list[int], float]:
+    """Starts two replicas and returns once both train: (replicas, their pids, the time)."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=40), wait_for_workers=False)
+    replicas = Replicas(_train, 2, store.port, str(folder), period, misbehave, culprit, timeout=100)
+    pids = [int(store.get(f"running/{r}")) for r in range(2)]
+    return replicas, pids, time.monotonic()
+
+
+def _check(folder: Path, replicas: Replicas, began: float) -> list[int | None]:
+    codes = replicas.join()
+    assert time.monotonic() - began < BOUND_S
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+    assert state["global_step"] >= 30
+    return codes
+
+
+@pytest.mark.parametrize("period", [5, LONG], ids=["soon", "no exchange in sight"])
+@pytest.mark.parametrize("targets", [(0,), (1,), (0, 1)], ids=str)
+def test_sigterm_to_some_ends_all_at_the_same_step(tmp_path, targets, period):
+    replicas, pids, began = _run(tmp_path, period=period)
+    for target in targets:
+        os.kill(pids[target], signal.SIGTERM)
+    codes = _check(tmp_path, replicas, began)
+    errors = [replicas.error(r) for r in range(2)]
+    assert all("SIGTERMException" in error for error in errors), errors
+    assert codes == [0, 0]  # SIGTERMException is a SystemExit
+
+
+@pytest.mark.parametrize("targets", [(0,), (1,), (0, 1)], ids=str)
+def test_ctrl_c_on_some_ends_all(tmp_path, targets):
+    replicas, pids, began = _run(tmp_path)
+    for target in targets:
+        os.kill(pids[target], signal.SIGINT)
+    assert _check(tmp_path, replicas, began) == [1, 1]
+
+
+@pytest.mark.parametrize("period", [5, LONG], ids=["soon", "no exchange in sight"])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_exception_on_one_ends_all_and_is_shown(tmp_path, culprit, period):
+    replicas, _, began = _run(tmp_path, period, "raise", culprit)
+    assert _check(tmp_path, replicas, began) == [1, 1]
+    assert "KeyError: 'the original error'" in replicas.error(culprit)
+    other = replicas.error(1 - culprit)
+    assert f"rank {culprit}: KeyError: 'the original error'" in other
+
+
+@pytest.mark.parametrize("period", [5, LONG], ids=["soon", "no exchange in sight"])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_silent_death_ends_all(tmp_path, culprit, period):
+    if culprit == 1 and period == LONG:
+        pytest.skip("only rank 0's death shows without an exchange: its store ends with it")
+    replicas, _, began = _run(tmp_path, period, "die", culprit)
+    codes = _check(tmp_path, replicas, began)
+    assert codes[culprit] == 9
+    assert codes[1 - culprit] == 1
