@@ -1,8 +1,7 @@
 """One optimizer's parameters tied to one center: the flat vector, the algorithm and its clock, and what it reports."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -177,11 +176,6 @@ class Coupling:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    @property
-    def holds_center(self) -> bool:
-        """Whether the module's parameters are the center's at present."""
-        return self._holds_center
-
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges the parameters' content with the center's; a second call puts both back to the last bit.
@@ -207,15 +201,6 @@ class Coupling:
             kept = p.clone()
             p.copy_(c)
             c.copy_(kept)
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Holds the other weights for the duration, and puts these back even when the body raises."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
 
 
 class _ObservedCenter:

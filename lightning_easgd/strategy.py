@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, num_slots
 from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.communication import AllReduce, Transport, TransportError
-from lightning_easgd.communication._c10d import PrefixStore, Store, new_group
+from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
 from lightning_easgd.rules import Addition
@@ -114,6 +115,8 @@ class ElasticStrategy(_DDPStrategy):
         self.on_nonfinite = on_nonfinite
         self.couplings: list[Coupling] = []
         self._by_optimizer: dict[int, Coupling] = {}
+        self._buffers: CenterBuffers | None = None
+        self._holds_center = False
         self._rendezvous: Rendezvous | None = None
         self._cleanup = ExitStack()
         self._trainer: Trainer | None = None
@@ -215,7 +218,12 @@ class ElasticStrategy(_DDPStrategy):
             )
         self._rendezvous = self._open_rendezvous()
         self._check_same_parameters(self._rendezvous.store)
-        self._start_from_replica_0(self._rendezvous.store)
+        group = None
+        if self.num_replicas > 1:
+            store = PrefixStore("module", self._rendezvous.store)
+            group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
+            self._start_from_replica_0(group)
+        self._buffers = CenterBuffers(self._module, group, self.num_replicas)
 
     def _open_rendezvous(self) -> Rendezvous:
         assert self.cluster_environment is not None
@@ -251,20 +259,14 @@ class ElasticStrategy(_DDPStrategy):
         if verdict:
             raise ValueError(f"EASGDStrategy: all replicas must have the same parameters and buffers, but {verdict}")
 
-    def _start_from_replica_0(self, store: Store) -> None:
+    @torch.no_grad()
+    def _start_from_replica_0(self, group: Group) -> None:
         """Gives every replica the parameters and buffers of replica 0."""
-        module = self._module
-        tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
-        if self.num_replicas == 1 or not tensors:
-            return
-        group = new_group(PrefixStore("start", store), self.replica, self.num_replicas, self.root_device, self._wait)
-        with torch.no_grad():
-            for tensor in tensors:
-                data = tensor.detach().contiguous()
-                group.broadcast(data.view(-1).view(torch.uint8), 0).wait(
-                    self._wait
-                )  # bytes: any dtype, to the last bit
-                tensor.copy_(data)
+        tensors = [*self._module.parameters(), *self._module.buffers()]
+        values = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+        broadcast_bytes(group, values)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
 
     def _open_couplings(self) -> None:
         assert self._rendezvous is not None
@@ -402,19 +404,22 @@ class ElasticStrategy(_DDPStrategy):
 
     # --- meeting points ---------------------------------------------------------------------------------------------
 
-    def _meet(self) -> None:
+    def _meet(self, *, for_center: bool = False) -> None:
         """Waits for all replicas, and completes what is outstanding. Collective and blocking.
 
         A replica that is here while others still train takes its turn in their exchanges without adding anything;
         the exchange in which all say that they are here is the last. All centers are then equal and at rest.
+
+        Args:
+            for_center: whether the center's buffers are wanted too.
         """
-        if not self.couplings:
-            return
         if len(self.couplings) == 1:
             self._settle(self.couplings[0])
-        else:  # another replica may need an answer from any of them first
+        elif self.couplings:  # another replica may need an answer from any of them first
             with ThreadPoolExecutor(len(self.couplings)) as pool:
                 list(pool.map(self._settle, self.couplings))
+        if for_center and self._buffers is not None:
+            self._buffers.gather()
 
     @staticmethod
     def _settle(coupling: Coupling) -> None:
@@ -423,7 +428,7 @@ class ElasticStrategy(_DDPStrategy):
             coupling.abstain()
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
-        self._meet()
+        self._meet(for_center=self.evaluate == "center")
         with self._holding(self.evaluate):
             return run()
 
@@ -432,7 +437,7 @@ class ElasticStrategy(_DDPStrategy):
         on_advance_end()
 
     def _end_training(self, on_run_end: Callable[[], None]) -> None:
-        self._meet()
+        self._meet(for_center=True)
         assert self._rendezvous is not None
         self._rendezvous.retire()  # from here on a peer may end before this process does
         self._hold("center")
@@ -442,50 +447,54 @@ class ElasticStrategy(_DDPStrategy):
 
     @contextmanager
     def weights_of(self, whose: Literal["center", "replica"]) -> Iterator[None]:
-        """Puts the center's or this replica's weights into the module for the duration, and then what was there.
+        """Puts the center's or this replica's weights and buffers into the module, and then what was there.
 
         Collective while fitting: all ranks must enter it at the same point of the loop. Blocks for an outstanding
         exchange. Outside of ``fit`` the module is the only copy and stays as it is. After training has ended, in
         ``on_train_end``, the module holds the center and this gives the replica once more.
+
+        Raises:
+            ValueError: ``whose`` is neither.
         """
         if whose not in ("center", "replica"):
             raise ValueError(f"weights_of({whose!r}): must be 'center' or 'replica'")
-        if not self._all_hold(whose):
-            self._meet()
+        if whose == "center" and not self._holds_center:
+            self._meet(for_center=True)
         with self._holding(whose):
             yield
 
     @contextmanager
     def _holding(self, whose: str) -> Iterator[None]:
-        before = [coupling.holds_center for coupling in self.couplings]
+        before = "center" if self._holds_center else "replica"
         self._hold(whose)
         try:
             yield
         finally:
-            for coupling, center in zip(self.couplings, before, strict=True):
-                if coupling.holds_center != center:
-                    coupling.swap()
-
-    def _all_hold(self, whose: str) -> bool:
-        return all(coupling.holds_center == (whose == "center") for coupling in self.couplings)
+            self._hold(before)
 
     def _hold(self, whose: str) -> None:
+        if self._buffers is None or self._holds_center == (whose == "center"):
+            return
         for coupling in self.couplings:
-            if coupling.holds_center != (whose == "center"):
-                coupling.swap()
+            coupling.swap()
+        if whose == "center":
+            self._buffers.swap_in()
+        else:
+            self._buffers.swap_out()
+        self._holds_center = whose == "center"
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the center's state dict: a copy on global rank zero, which writes it. Collective while fitting."""
-        if self._all_hold("center"):
+        if self._holds_center or self._buffers is None:
             state: dict[str, Any] = super().lightning_module_state_dict()
             return state
         if self._interrupted:
             self._last_drain()
         else:
-            self._meet()
+            self._meet(for_center=True)
         with self._holding("center"):
             state = super().lightning_module_state_dict()
             if not self.is_global_zero:
@@ -537,6 +546,8 @@ class ElasticStrategy(_DDPStrategy):
             self._cleanup.close()
         finally:
             self.couplings.clear()
+            self._buffers = None
+            self._holds_center = False
             self._by_optimizer.clear()
             self._rendezvous = None
             self._stop_seen_at = None

@@ -1,5 +1,6 @@
 """Names of ``torch.distributed`` that its stubs do not export, in one place."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 else:
     from torch.distributed import PrefixStore, Store, TCPStore
 
-__all__ = ["Group", "PrefixStore", "Store", "TCPStore", "Work", "new_group"]
+__all__ = ["Group", "PrefixStore", "Store", "TCPStore", "Work", "broadcast_bytes", "new_group"]
 
 
 class Work(Protocol):
@@ -54,3 +55,13 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
     else:
         group = c10d.ProcessGroupGloo(store, rank, size, timeout)
     return group
+
+
+def broadcast_bytes(group: Group, tensors: Iterable[Tensor]) -> None:
+    """Replaces contiguous tensors of any dtype by those of rank 0, to the last bit, in one message. Collective."""
+    parts = [t.view(-1).view(torch.uint8) for t in tensors if t.numel()]
+    if parts:
+        message = torch.cat(parts)
+        group.broadcast(message, 0).wait()
+        for part, value in zip(parts, message.split_with_sizes([p.numel() for p in parts]), strict=True):
+            part.copy_(value)

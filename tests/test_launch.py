@@ -1,0 +1,158 @@
+"""Jobs as users start them: a script of its own, torchrun, spawn, LightningCLI; and what their loggers got."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import free_port
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, cwd: Path, timeout: float = 90, **environment: str) -> str:
+    """Runs a command in ``cwd`` and returns what it printed; its failure is the test's."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    env = {k: v for k, v in env.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT")}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+SCRIPT = """
+import os, sys
+import torch
+from tests.modules import Regression, flat, loader, trainer
+
+if __name__ == "__main__":
+    module = Regression()
+    t = trainer(strategy=sys.argv[1])
+    t.fit(module, loader())
+    found = t.validate(module, loader(shuffle=False), verbose=False)
+    print("RESULT", os.environ.get("LOCAL_RANK", "-"), t.world_size, float(flat(module).sum()), found[0]["val_loss"])
+"""
+
+
+def results(printed: str) -> list[tuple[str, ...]]:
+    return sorted(re.findall(r"RESULT (\S+) (\d+) (\S+) (\S+)", printed))
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_a_script_launches_its_own_processes(script, tmp_path):
+    (rank0, size0, *first), (rank1, size1, *second) = results(run(sys.executable, script, "easgd", cwd=tmp_path))
+    assert (rank0, rank1, size0, size1) == ("0", "1", "2", "2")
+    assert first == second
+
+
+def test_torchrun_launches(script, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    printed = run(*command, f"--master-port={free_port()}", script, "easgd", cwd=tmp_path)
+    (rank0, _, *first), (rank1, _, *second) = results(printed)
+    assert (rank0, rank1) == ("0", "1")
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["easgd_fork", pytest.param("easgd_spawn", marks=pytest.mark.slow)])
+def test_processes_started_by_multiprocessing_bring_the_center_back(script, tmp_path, name):
+    [(rank, _, weights, loss)] = results(run(sys.executable, script, name, cwd=tmp_path))
+    assert rank == "-" or rank == "0"
+    assert float(loss) < 10
+    assert float(weights) != 0
+
+
+CLI = """
+import {namespace}.cli
+from tests.modules import REGRESSIONS, loader
+import lightning_easgd
+
+class Module(REGRESSIONS["{namespace}"]):
+    def train_dataloader(self):
+        return loader()
+
+if __name__ == "__main__":
+    cli = {namespace}.cli.LightningCLI(Module)
+    print("RAN", cli.trainer.strategy)
+"""
+QUIET = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_epochs=1", "--trainer.logger=false",
+         "--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]  # fmt: skip
+
+
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("form", ["plain", "nested"])
+def test_lightning_cli_takes_it(tmp_path, namespace, form):
+    path = tmp_path / "cli.py"
+    path.write_text(CLI.format(namespace=namespace))
+    home = {"pytorch_lightning": "lightning_easgd", "lightning.pytorch": "lightning_easgd.pytorch"}[namespace]
+    arguments = {
+        "plain": ["--trainer.strategy=easgd"],
+        "nested": [
+            f"--trainer.strategy.class_path={home}.EASGDStrategy",
+            "--trainer.strategy.init_args.evaluate=replica",
+            "--trainer.strategy.init_args.algorithm.class_path=lightning_easgd.EASGD",
+            "--trainer.strategy.init_args.algorithm.init_args.period=4",
+        ],
+    }[form]
+    printed = run(sys.executable, str(path), "fit", *QUIET, *arguments, cwd=tmp_path)
+    period = {"plain": 10, "nested": 4}[form]
+    assert f"RAN <EASGDStrategy(EASGD(period={period}," in printed
+
+
+WANDB = """
+from pytorch_lightning.loggers import WandbLogger
+from lightning_easgd import EASGD, EASGDStrategy
+from tests.modules import Regression, loader, trainer
+
+if __name__ == "__main__":
+    trainer(
+        strategy=EASGDStrategy(EASGD(period=2)),
+        logger=WandbLogger(project="test", save_dir="."),
+        log_every_n_steps=1,
+    ).fit(Regression(), loader())
+"""
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """Yields the records of a W&B file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            yield record
+            record = b""
+
+
+def test_one_job_makes_one_wandb_run_with_the_strategys_config(tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    path = tmp_path / "script.py"
+    path.write_text(WANDB)
+    run(sys.executable, str(path), cwd=tmp_path, WANDB_MODE="offline")
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    config, history = {}, []
+    for data in wandb_records(file):
+        record = Record.FromString(data)
+        config |= {"/".join([u.key, *u.nested_key]): json.loads(u.value_json) for u in record.config.update}
+        if record.history.item:
+            history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    expected = {"strategy": "EASGDStrategy", "algorithm": "EASGD", "period": 2, "moving_rate": 0.45, "num_replicas": 2}
+    assert expected.items() <= config.items()
+    ours = [row for row in history if "easgd/consensus_distance" in row]
+    assert [row["trainer/global_step"] for row in ours] == [0, 2, 4, 6]
+    assert [row["easgd/exchanges"] for row in ours] == [1, 2, 3, 4]
