@@ -193,7 +193,7 @@ class Coupling:
             self._trade()
         else:
             self._stash = [p.detach().clone() for p in self.vector.parameters]
-            self.vector.write_(self.center.value)
+            torch._foreach_copy_(self.vector.parameters, self.vector.views(self.center.value))
         self._holds_center = not self._holds_center
 
     def _trade(self) -> None:

@@ -31,6 +31,7 @@ def bind(namespace: str) -> tuple[Any, Any]:
     strategies = importlib.import_module(f"{namespace}.strategies")
     callbacks = importlib.import_module(f"{namespace}.callbacks")
     home = HOMES[namespace]
+    [other] = HOMES.keys() - {namespace}
     monitor = type(
         "ElasticMonitor", (ElasticMonitor, callbacks.Callback), {"__module__": home, "__doc__": ElasticMonitor.__doc__}
     )
@@ -41,7 +42,7 @@ def bind(namespace: str) -> tuple[Any, Any]:
             "__module__": home,
             "__doc__": ElasticStrategy.__doc__,
             "_monitor_type": monitor,
-            "_import_hint": f"{namespace}.Trainer: `from {home} import EASGDStrategy`",
+            "_bound_to": f"{namespace}; for a Trainer of {other}: `from {HOMES[other]} import EASGDStrategy`",
         },
     )
     strategy.register_strategies(strategies.StrategyRegistry)

@@ -45,10 +45,17 @@ def coupled_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optim
 class ParameterVector:
     """A list of tensors as one flat vector of d numbers.
 
+    Where the tensors are narrower than the vector (bfloat16 parameters, float32 vector), what rounding takes from a
+    move is kept and belongs to the vector: moves far below a parameter's resolution add up instead of vanishing, and
+    an exchange conserves what it moves. It costs one number of the vector's dtype for each such parameter.
+
     Args:
         parameters: the tensors, in a fixed order; any shapes (0-dim and empty too), strides and floating dtypes, on
             one device.
         dtype: the vector's dtype. Default: ``accumulation_dtype``.
+
+    Attributes:
+        remainder: (n,) what rounding took from the n narrower parameters, or None before the first move.
     """
 
     def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
@@ -57,12 +64,13 @@ class ParameterVector:
         self._sizes = [p.numel() for p in self.parameters]
         self.numel = sum(self._sizes)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._narrow = [i for i, p in enumerate(self.parameters) if p.dtype != self.dtype]
+        self.remainder: Tensor | None = None
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Returns ``vector`` (d,) cut into views with the parameters' shapes."""
-        return [
-            part.view(p.shape) for part, p in zip(vector.split_with_sizes(self._sizes), self.parameters, strict=True)
-        ]
+        parts = vector.split_with_sizes(self._sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.no_grad()
     def read(self, out: Tensor | None = None) -> Tensor:
@@ -70,26 +78,47 @@ class ParameterVector:
         if out is None:
             out = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         if self.parameters:
-            torch._foreach_copy_(self.views(out), self.parameters)
+            views = self.views(out)
+            torch._foreach_copy_(views, self.parameters)
+            if self.remainder is not None:
+                torch._foreach_add_([views[i] for i in self._narrow], self._remainders())
         return out
 
     @torch.no_grad()
     def add_(self, update: Tensor, *, alpha: float = 1.0) -> None:
         """Adds ``alpha * update``, ``update`` (d,), to the parameters in place."""
-        if self.parameters:
-            torch._foreach_add_(self.parameters, self.views(update), alpha=alpha)
+        if not self._narrow:
+            if self.parameters:
+                torch._foreach_add_(self.parameters, self.views(update), alpha=alpha)
+            return
+        self.write_(self.read().add_(update, alpha=alpha))
 
     @torch.no_grad()
     def write_(self, value: Tensor) -> None:
-        """Replaces the parameters by ``value`` (d,), rounded to their own dtype."""
-        if self.parameters:
-            torch._foreach_copy_(self.parameters, self.views(value))
+        """Replaces the parameters by ``value`` (d,), rounded to their own dtype; keeps what rounding takes."""
+        if not self.parameters:
+            return
+        views = self.views(value)
+        torch._foreach_copy_(self.parameters, views)
+        if self._narrow:
+            if self.remainder is None:
+                size = sum(self._sizes[i] for i in self._narrow)
+                self.remainder = torch.empty(size, dtype=self.dtype, device=self.device)
+            remainders = self._remainders()
+            torch._foreach_copy_(remainders, [views[i] for i in self._narrow])
+            torch._foreach_sub_(remainders, [self.parameters[i].to(self.dtype) for i in self._narrow])
 
     @torch.no_grad()
     def distance(self, value: Tensor) -> float:
-        """Returns the Euclidean norm of the parameters minus ``value`` (d,); never a second vector in memory."""
-        squares = [
-            torch.linalg.vector_norm(p.to(self.dtype) - v)
-            for p, v in zip(self.parameters, self.views(value), strict=True)
-        ]
-        return float(torch.linalg.vector_norm(torch.stack(squares))) if squares else 0.0
+        """Returns the Euclidean norm of the vector minus ``value`` (d,); never a second vector in memory."""
+        remainders = dict(zip(self._narrow, self._remainders(), strict=True)) if self.remainder is not None else {}
+        norms = []
+        for i, (p, v) in enumerate(zip(self.parameters, self.views(value), strict=True)):
+            difference = p.to(self.dtype) - v
+            norms.append(torch.linalg.vector_norm(difference + remainders[i] if i in remainders else difference))
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+    def _remainders(self) -> list[Tensor]:
+        assert self.remainder is not None
+        parts = self.remainder.split_with_sizes([self._sizes[i] for i in self._narrow])
+        return [part.view(self.parameters[i].shape) for part, i in zip(parts, self._narrow, strict=True)]

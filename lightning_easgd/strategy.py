@@ -59,8 +59,8 @@ class ElasticStrategy(_DDPStrategy):
     As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument.
     """
 
-    # Set by the binding: how a user of either namespace imports the class that fits, and the monitor's class there.
-    _import_hint: str
+    # Set by the binding: the namespace and how a user of the other one imports the class that fits; the monitor's class.
+    _bound_to: str
     _monitor_type: type[Any]
 
     def __init__(
@@ -134,8 +134,8 @@ class ElasticStrategy(_DDPStrategy):
         )
 
     def __repr__(self) -> str:
-        """Returns algorithm and transport, and which Trainer this class is for: Lightning's own error shows it."""
-        return f"<{type(self).__name__}({self.algorithm!r}, {self.transport!r}) for {self._import_hint}>"
+        """Returns algorithm and transport, and what the class is bound to: Lightning's own error shows it."""
+        return f"<{type(self).__name__}({self.algorithm!r}, {self.transport!r}) bound to {self._bound_to}>"
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a launcher sends to a process that it starts."""

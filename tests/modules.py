@@ -70,6 +70,15 @@ for _regression in REGRESSIONS.values():
     globals()[_regression.__name__] = _regression
 
 
+class BatchNormRegression(Regression):
+    """With batch-norm statistics, their integer counter, and a constant with infinities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        self.register_buffer("mask", torch.tensor([0.1, float("-inf"), 3.0]))
+
+
 def loader(num_samples: int = 64, batch_size: int = 4, shuffle: bool = True) -> DataLoader:
     return DataLoader(linear_data(num_samples), batch_size=batch_size, shuffle=shuffle)
 

@@ -18,7 +18,7 @@ import lightning_easgd
 from lightning_easgd import EASGD, EASGDStrategy, ElasticMonitor
 from tests import modules
 from tests.helpers import run_replicas
-from tests.modules import NAMESPACES, REGRESSIONS, Regression, flat, linear_data, loader, trainer
+from tests.modules import NAMESPACES, REGRESSIONS, BatchNormRegression, Regression, flat, linear_data, loader, trainer
 
 namespaces = pytest.mark.parametrize("namespace", list(NAMESPACES))
 
@@ -166,6 +166,38 @@ def test_whose_weights_are_evaluated(evaluate):
     assert torch.equal(fitted0, after0)
     assert validated0[0]["val_loss"] == pytest.approx(tested0[0]["test_loss"], rel=1e-6)
     assert predicted0.shape == (32, 1)
+
+
+class _BuffersSeen(modules.pytorch_lightning.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.own = {k: v.clone() for k, v in pl_module.named_buffers()}
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        self.center = {k: v.clone() for k, v in pl_module.named_buffers()}
+
+    def on_validation_end(self, trainer, pl_module):
+        # Only after the strategy's own part of the evaluation is the replica back.
+        self.saved = {k: v.clone() for k, v in trainer.strategy.lightning_module_state_dict().items()}
+
+
+def _buffers(replica: int) -> Any:
+    module, seen = BatchNormRegression(), _BuffersSeen()
+    t = trainer(callbacks=[seen], val_check_interval=7, limit_train_batches=7 + replica)
+    t.fit(module, loader(), loader())
+    return seen.own, seen.center, seen.saved, dict(module.named_buffers())
+
+
+def test_the_center_has_the_mean_of_the_replicas_buffers():
+    (own0, center0, saved0, after0), (own1, center1, _, after1) = run_replicas(_buffers, 2)
+    assert not torch.equal(own0["net.1.running_mean"], own1["net.1.running_mean"])
+    for name in ("net.1.running_mean", "net.1.running_var"):
+        assert torch.equal(center0[name], center1[name])
+        assert torch.equal(center0[name], saved0[name])
+        assert torch.equal(after0[name], after1[name])
+        torch.testing.assert_close(after0[name], (own0[name] + own1[name]) / 2)
+    assert after1["net.1.num_batches_tracked"] == own0["net.1.num_batches_tracked"] == 7
+    assert own1["net.1.num_batches_tracked"] == 8  # uneven work, too
+    assert torch.equal(after0["mask"], own0["mask"])
 
 
 def _evaluation_raises(replica: int) -> Any:
@@ -437,9 +469,9 @@ def test_a_strategy_of_the_other_namespace_names_the_import():
     import lightning.pytorch
     import pytorch_lightning
 
-    with pytest.raises(ValueError, match="for pytorch_lightning.Trainer: `from lightning_easgd import EASGDStrategy`"):
+    with pytest.raises(ValueError, match=r"lightning.pytorch: `from lightning_easgd.pytorch import EASGDStrategy`"):
         lightning.pytorch.Trainer(strategy=EASGDStrategy())
-    with pytest.raises(ValueError, match="`from lightning_easgd.pytorch import EASGDStrategy`"):
+    with pytest.raises(ValueError, match="pytorch_lightning: `from lightning_easgd import EASGDStrategy`"):
         pytorch_lightning.Trainer(strategy=lightning_easgd.pytorch.EASGDStrategy())
 
 

@@ -80,7 +80,7 @@ def stable_step_sizes(num_replicas: int, moving_rate: float, center_rate: float)
             low = max(low, bound / slope)
         elif bound <= 0:
             return None
-    return (low, high) if low < high else None
+    return (low, high) if low < high - 1e-9 else None  # rounding leaves a sliver where there is nothing
 
 
 class EASGD(Algorithm):
@@ -147,10 +147,11 @@ class EASGD(Algorithm):
         exchange = self.is_due
         if exchange:
             alpha, beta = self.rates(center.num_replicas)
-            gain = beta / center.num_replicas  # = alpha unless the rates were given apart
+            apart = self.moving_rate is not None and self.center_rate is not None
+            gain = beta / center.num_replicas if apart else alpha  # p alpha / p is not alpha in floating point
             snapshot = center.pull()
             force = self._force = elastic_force(replica, snapshot.value, alpha, out=self._force)
-            if gain == alpha:
+            if not apart:
                 center.push(force, read_at=snapshot.clock)  # c <- c + alpha sum_i (x^i - c)
             else:
                 center.push(elastic_force(replica, snapshot.value, gain), read_at=snapshot.clock)
