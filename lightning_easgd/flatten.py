@@ -54,12 +54,20 @@ class ParameterVector:
             one device.
         dtype: the vector's dtype. Default: ``accumulation_dtype``.
 
+    Raises:
+        ValueError: a tensor is complex or not floating.
+
     Attributes:
         remainder: (n,) what rounding took from the n narrower parameters, or None before the first move.
     """
 
     def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
         self.parameters = list(parameters)
+        if not all(p.is_floating_point() for p in self.parameters):
+            kinds = sorted({str(p.dtype) for p in self.parameters if not p.is_floating_point()})
+            raise ValueError(
+                f"ParameterVector(parameters=<with {', '.join(kinds)}>): only real floating tensors average"
+            )
         self.dtype = accumulation_dtype(self.parameters) if dtype is None else dtype
         self._sizes = [p.numel() for p in self.parameters]
         self.numel = sum(self._sizes)

@@ -59,7 +59,7 @@ class ElasticStrategy(_DDPStrategy):
     As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument.
     """
 
-    # Set by the binding: the namespace and how a user of the other one imports the class that fits; the monitor's class.
+    # Set by the binding: the namespace, and how a user of the other one imports the class that fits; the monitor.
     _bound_to: str
     _monitor_type: type[Any]
 

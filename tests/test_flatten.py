@@ -305,3 +305,19 @@ def test_foreign_parameters_are_refused():
         coupled_parameters(module, optimizers)
     foreign.requires_grad_(False)
     assert names(module, *optimizers) == [["weight", "bias"], []]
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"<with torch.complex64>\): only real floating tensors average"):
+        ParameterVector([torch.zeros(2, dtype=torch.complex64)])
+
+
+def test_moves_below_a_narrow_parameters_resolution_add_up():
+    parameter = torch.ones(3, dtype=torch.bfloat16)
+    vector = ParameterVector([parameter, torch.ones(2)])
+    step = torch.full((5,), 1e-4)  # bfloat16 resolves 8e-3 at 1
+    for _ in range(1000):
+        vector.add_(step)
+    assert torch.equal(parameter, torch.full((3,), 1.1, dtype=torch.bfloat16))
+    torch.testing.assert_close(vector.read(), torch.full((5,), 1.1), atol=1e-4, rtol=0)
+    assert vector.distance(torch.full((5,), 1.1)) < 1e-4

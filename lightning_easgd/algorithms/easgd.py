@@ -59,10 +59,10 @@ def stable_step_sizes(num_replicas: int, moving_rate: float, center_rate: float)
         ``(low, high)``, or None where no step size is stable.
     """
     a, b = moving_rate, center_rate
-    if a == b == 0:
-        return 0.0, 2.0  # independent replicas
-    if b <= 0:
-        return None  # an eigenvalue stays at or beyond 1
+    if b == 0:  # the center stays where it is
+        return (max(0.0, -a), 2 - a) if a < 2 else None
+    if b < 0:
+        return None  # an eigenvalue stays beyond 1
     # Each condition reads: slope * e < bound.
     conditions = [
         (-1.0, 0.0),
@@ -106,7 +106,8 @@ class EASGD(Algorithm):
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ValueError(f"EASGD(period={period!r}): period must be an integer >= 1, in optimizer steps")
         for name, rate in (("moving_rate", moving_rate), ("center_rate", center_rate)):
-            if rate is not None and not abs(rate) < float("inf"):
+            is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+            if rate is not None and not (is_number and abs(rate) < float("inf")):
                 raise ValueError(f"EASGD({name}={rate!r}): {name} must be a finite number or None")
         self.period = period
         self.moving_rate = moving_rate
@@ -124,16 +125,26 @@ class EASGD(Algorithm):
     def check(self, num_replicas: int) -> None:
         """Refuses rates that no step size makes stable, and warns beyond the paper's range.
 
+        Stability is that of period 1; with a longer one it is the same where the loss is nearly flat, which is where
+        a rate that is too large shows first.
+
         Raises:
             ValueError: with these rates the center diverges on every quadratic, however small the step size.
         """
         alpha, beta = self.rates(num_replicas)
         given = f"{self!r} with {num_replicas} replicas"
-        if stable_step_sizes(num_replicas, alpha, beta) is None:
+        stable = stable_step_sizes(num_replicas, alpha, beta)
+        if stable is None:
             raise ValueError(
                 f"{given}: no step size is stable with a moving rate of {alpha:g} and a center rate of {beta:g}; a "
                 f"moving rate above 0 and below 2 / (num_replicas + 1) = {2 / (num_replicas + 1):g} can be, "
                 f"{CENTER_RATE / num_replicas:g} is the default"
+            )
+        if stable[0] > 0:
+            warnings.warn(
+                f"{given}: stable only where learning rate times curvature is between {stable[0]:g} and {stable[1]:g}: "
+                "directions of smaller curvature diverge",
+                stacklevel=2,
             )
         if beta > 1:
             warnings.warn(

@@ -208,9 +208,20 @@ def test_stable_step_sizes_of_special_rates():
     assert stable_step_sizes(4, 0.0, 0.9) == pytest.approx((0.0, 2.0))
     assert stable_step_sizes(4, 0.5, 2.0) is None
     assert stable_step_sizes(4, -0.1, -0.4) is None
-    assert stable_step_sizes(4, 0.1, 0.0) is None  # the center stays where it is: an eigenvalue of 1
+    assert stable_step_sizes(4, 0.1, 0.0) == pytest.approx((0.0, 1.9))  # replicas tied to a center at rest
     # Heavy ball: e < 2 (1 + m).
     assert stable_step_sizes(1, -0.9, 1.0) == pytest.approx((0.0, 3.8))
     # Differences between replicas, which one replica does not have, grow unless -alpha < e < 2 - alpha.
     assert stable_step_sizes(2, -0.4, 0.9) == pytest.approx((0.4, 2.4))
     assert stable_step_sizes(1, -0.4, 0.9) == pytest.approx((0.0, 3 / 1.1))
+
+
+def test_check_warns_where_only_large_steps_are_stable():
+    with pytest.warns(UserWarning, match="learning rate times curvature is between 0.4 and 2.4"):
+        EASGD(1, -0.4, 0.9).check(2)
+
+
+@pytest.mark.parametrize("rate", ["0.1", True])
+def test_rates_that_are_no_numbers_are_refused(rate):
+    with pytest.raises(ValueError, match="moving_rate must be a finite number or None"):
+        EASGD(moving_rate=rate)
