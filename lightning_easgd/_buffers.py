@@ -58,6 +58,11 @@ class CenterBuffers:
         for buffer, value in zip(buffers, self._center, strict=True):
             buffer.copy_(value)
 
+    @property
+    def own(self) -> list[Tensor]:
+        """The replica's buffers, wherever they are at present. Not copies."""
+        return list(self._module.buffers()) if self._own is None else self._own
+
     @torch.no_grad()
     def swap_out(self) -> None:
         """Puts the replica's own buffers back."""

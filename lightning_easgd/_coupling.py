@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,6 +174,45 @@ class Coupling:
                 bytes_sent=int(announced["bytes_sent"]),
             )
         )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of what is private to this replica, and the center. Nothing may be outstanding."""
+        parameters, center = [p.detach().clone() for p in self.vector.parameters], self.center.value.clone()
+        if self._holds_center and self._stash is None:  # the two have changed places
+            parameters = [v.clone() for v in self.vector.views(center)]
+            center = ParameterVector(self.vector.parameters, self.vector.dtype).read()
+        elif self._holds_center and self._stash is not None:
+            parameters = [p.clone() for p in self._stash]
+        return {
+            "names": self.names,
+            "parameters": parameters,
+            "remainder": None if self.vector.remainder is None else self.vector.remainder.clone(),
+            "center": center,
+            "center_state": self.center.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned, to the last bit.
+
+        Raises:
+            ValueError: it belongs to other parameters.
+        """
+        shapes = [tuple(p.shape) for p in self.vector.parameters]
+        if state["names"] != self.names or [tuple(p.shape) for p in state["parameters"]] != shapes:
+            raise ValueError(
+                f"the checkpoint's replica couples {len(state['names'])} parameters, this module {len(self.names)}, "
+                "and their names or shapes differ: it was written by another module or with other optimizers"
+            )
+        for parameter, value in zip(self.vector.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        remainder = state["remainder"]
+        self.vector.remainder = None if remainder is None else remainder.to(self.vector.device)
+        self.center.load_state_dict(state["center_state"], state["center"])
+        self.algorithm.load_state_dict(state["algorithm"])
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

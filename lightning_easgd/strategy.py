@@ -8,6 +8,7 @@ import copy
 import json
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -24,11 +25,13 @@ from typing_extensions import override
 from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, num_slots
 from lightning_easgd.algorithms import EASGD, Algorithm
+from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
 from lightning_easgd.rules import Addition
+from lightning_easgd.sampling import set_epoch
 
 if TYPE_CHECKING:
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -70,6 +73,8 @@ class ElasticStrategy(_DDPStrategy):
         *,
         evaluate: Literal["center", "replica"] = "center",
         on_nonfinite: Literal["raise", "reset"] = "raise",
+        resume: Literal["replicas", "center"] = "replicas",
+        resume_optimizer: Literal["fresh", "copy"] = "fresh",
         accelerator: "Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: "ClusterEnvironment | None" = None,
@@ -88,6 +93,10 @@ class ElasticStrategy(_DDPStrategy):
                 ranks, or each rank's own replica.
             on_nonfinite: what happens to a replica whose delta is not finite: ``"raise"`` ends the job and names it;
                 ``"reset"`` puts it back on the center with a fresh optimizer state and goes on.
+            resume: what ``fit(ckpt_path=...)`` starts from: every replica's own state, exactly as it was, or the center
+                alone. Where the checkpoint has another number of replicas it is always the center.
+            resume_optimizer: the optimizers' state of replicas that start from the center of such a checkpoint: none,
+                or a copy of replica 0's.
             accelerator: as for DDPStrategy.
             parallel_devices: as for DDPStrategy.
             cluster_environment: as for DDPStrategy.
@@ -106,6 +115,8 @@ class ElasticStrategy(_DDPStrategy):
         for name, choice, choices in (
             ("evaluate", evaluate, ("center", "replica")),
             ("on_nonfinite", on_nonfinite, ("raise", "reset")),
+            ("resume", resume, ("replicas", "center")),
+            ("resume_optimizer", resume_optimizer, ("fresh", "copy")),
         ):
             if choice not in choices:
                 raise ValueError(f"EASGDStrategy({name}={choice!r}): must be one of {', '.join(map(repr, choices))}")
@@ -113,6 +124,8 @@ class ElasticStrategy(_DDPStrategy):
         self.transport = AllReduce() if transport is None else transport
         self.evaluate = evaluate
         self.on_nonfinite = on_nonfinite
+        self.resume = resume
+        self.resume_optimizer = resume_optimizer
         self.couplings: list[Coupling] = []
         self._by_optimizer: dict[int, Coupling] = {}
         self._buffers: CenterBuffers | None = None
@@ -121,7 +134,12 @@ class ElasticStrategy(_DDPStrategy):
         self._cleanup = ExitStack()
         self._trainer: Trainer | None = None
         self._stop_seen_at: float | None = None
+        self._stopped_together = False
         self._report_every = 0
+        self._resumed: dict[str, Any] | None = None  # this replica's part of the checkpoint, until training goes on
+        self._fresh_optimizers = False
+        self._rng_to_go_on_with: dict[str, Any] = {}
+        self._epoch_rng: dict[str, Any] | None = None  # the random state with which this epoch's data began
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -194,11 +212,8 @@ class ElasticStrategy(_DDPStrategy):
             return
         self._open_couplings()
         self._take_over(trainer)
-        if trainer._checkpoint_connector._loaded_checkpoint:
-            rank_zero_warn(
-                "EASGDStrategy resumes from the center: every replica starts at the checkpoint's weights, with a copy "
-                "of replica 0's optimizer state; the replicas' own weights and clocks are not in the checkpoint"
-            )
+        if self._resumed is not None:
+            self._load_own_state(self._resumed)
 
     def _add_monitor(self, trainer: "Trainer") -> None:
         """Adds an ElasticMonitor where there is none: with the strategy's name alone, a run shows its coupling."""
@@ -312,6 +327,8 @@ class ElasticStrategy(_DDPStrategy):
         # Around the whole of an evaluation, so that callbacks' hooks see its weights too, and an error puts them back.
         self._patch(epoch_loop.val_loop, "run", partial(self._evaluate, epoch_loop.val_loop.run))
         self._patch(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
+        self._patch(fit_loop, "setup_data", partial(self._set_up_data, trainer, fit_loop.setup_data))
+        self._patch(epoch_loop, "on_run_start", partial(self._start_epoch, trainer, epoch_loop.on_run_start))
         # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
         self._patch(fit_loop, "on_run_end", partial(self._end_training, fit_loop.on_run_end))
 
@@ -372,6 +389,7 @@ class ElasticStrategy(_DDPStrategy):
         # A vote that all have read stops all at the same exchange. Where none comes for long, meeting does it.
         if coupling.stop_votes or time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S:
             self._meet()
+            self._stopped_together = True
             self._set_received_sigterm()
 
     def _set_received_sigterm(self) -> None:
@@ -392,6 +410,7 @@ class ElasticStrategy(_DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
+        self._resumed = None  # whatever had to be put back has been
         return super().training_step(*args, **kwargs)
 
     @override
@@ -501,6 +520,122 @@ class ElasticStrategy(_DDPStrategy):
                 return state  # not written
             return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes the replica's file, then, on global rank zero, the checkpoint. Collective while fitting."""
+        exact = bool(self.couplings) and "optimizer_states" in checkpoint and not self._interrupted
+        if exact and "://" in str(filepath):
+            rank_zero_warn(f"no replicas' files beside {filepath!r}: a run resumed from it starts from the center")
+            exact = False
+        if not exact:
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
+        save = self.broadcast(uuid.uuid4().hex[:8])
+        ReplicaFile(filepath, save, self.replica).write(checkpoint, self._own_state(), self.num_replicas)
+        self.barrier()  # the checkpoint refers to all files
+        checkpoint[KEY] = {"save": save, "num_replicas": self.num_replicas}
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        if type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":  # which has not written yet
+            self.barrier()
+            ReplicaFile.remove(filepath, replica=self.replica, but=save)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        if "://" not in str(filepath):
+            ReplicaFile.remove(filepath, replica=None if self.is_global_zero else self.replica)
+
+    def _own_state(self) -> dict[str, Any]:
+        assert self._buffers is not None
+        return {
+            "couplings": [coupling.state_dict() for coupling in self.couplings],
+            "buffers": [b.detach().clone() for b in self._buffers.own],
+            "rng": rng_state(),
+            "epoch_rng": self._epoch_rng,
+        }
+
+    @torch.no_grad()
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        for coupling, own in zip(self.couplings, state["couplings"], strict=True):
+            coupling.load_state_dict(own)
+        for buffer, value in zip(self._module.buffers(), state["buffers"], strict=True):
+            buffer.copy_(value)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        self._resumed, self._fresh_optimizers = None, False
+        if self._module.trainer.state.fn != "fit":
+            return checkpoint
+        saved = checkpoint.get(KEY)
+        if saved is None or self.resume == "center" or saved["num_replicas"] != self.num_replicas:
+            # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
+            self._fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
+            why = "it has no replicas' files" if saved is None else f"it has {saved['num_replicas']} replicas"
+            rank_zero_warn(
+                f"EASGDStrategy resumes {self.num_replicas} replicas from the center of {str(checkpoint_path)!r} "
+                f"({why if self.resume == 'replicas' else 'as asked'}), each with "
+                + ("fresh optimizer states" if self._fresh_optimizers else "a copy of its optimizer states")
+            )
+            return checkpoint
+        error, content = None, {}
+        try:
+            content = ReplicaFile(checkpoint_path, saved["save"], self.replica).read()
+        except ReplicaFileError as found:
+            error = found
+        if not self.reduce_boolean_decision(error is None):  # nobody goes on with half of it
+            raise error or ReplicaFileError(f"another replica's file of {str(checkpoint_path)!r} could not be loaded")
+        self._resumed = content["own"]
+        return {**checkpoint, **content["lightning"]}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        if self._fresh_optimizers:  # the groups' learning rates belong to the schedulers' state
+            fresh = [{**state, "state": {}} for state in checkpoint["optimizer_states"]]
+            checkpoint = {**checkpoint, "optimizer_states": fresh}
+        super().load_optimizer_state_dict(checkpoint)
+
+    def _set_up_data(self, trainer: "Trainer", setup_data: Callable[[], None]) -> None:
+        """Lightning's own, which creates the first epoch's iterator; resumed in mid-epoch, it goes on in the data."""
+        fit_loop = trainer.fit_loop
+        if fit_loop._combined_loader is not None:
+            setup_data()
+            return
+        self._epoch_rng = rng_state()
+        setup_data()
+        loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+        if self._resumed is None or loader is None or fetcher is None:
+            return
+        progress = fit_loop.epoch_loop.batch_progress
+        done = progress.current.ready
+        in_epoch = 0 < done < fit_loop.max_batches and not progress.is_last_batch
+        # Lightning tells the samplers their epoch only now that it has made the iterator, from which workers may have
+        # drawn already: it is made anew, with the random state that it had in the run that stopped.
+        self._epoch_rng = (self._resumed["epoch_rng"] if in_epoch else None) or self._resumed["rng"]
+        set_rng_state(self._epoch_rng)
+        for each in loader.flattened:
+            set_epoch(each, fit_loop.epoch_progress.current.processed)
+        iter(fetcher)
+        stateful = any(hasattr(each, "load_state_dict") for each in loader.flattened)  # Lightning has restored those
+        if in_epoch and not stateful:
+            for _ in range(done):
+                next(fetcher)
+            fetcher.fetched -= done  # Lightning adds them
+        self._rng_to_go_on_with = self._resumed["rng"] if in_epoch else rng_state()
+
+    def _start_epoch(self, trainer: "Trainer", on_run_start: Callable[[Any], None], data_fetcher: Any) -> None:
+        """Lightning's own, which creates the iterator of all epochs but the first."""
+        fit_loop = trainer.fit_loop
+        if trainer.current_epoch > 0 and not fit_loop.is_resuming and not fit_loop.epoch_loop.restarting:
+            if self._resumed is not None:
+                set_rng_state(self._resumed["rng"])
+            self._epoch_rng = rng_state()
+            on_run_start(data_fetcher)
+            return
+        on_run_start(data_fetcher)
+        if self._resumed is not None:
+            set_rng_state(self._rng_to_go_on_with)
+
     def _last_drain(self) -> None:
         for coupling in self.couplings:
             try:
@@ -510,7 +645,8 @@ class ElasticStrategy(_DDPStrategy):
 
     @property
     def _interrupted(self) -> bool:
-        return self._trainer is not None and bool(self._trainer.interrupted)
+        # A stop that all agreed on leaves them at the same step, where collectives work as ever.
+        return self._trainer is not None and bool(self._trainer.interrupted) and not self._stopped_together
 
     # --- what Lightning asks of all ranks ---------------------------------------------------------------------------
 
@@ -551,6 +687,8 @@ class ElasticStrategy(_DDPStrategy):
             self._by_optimizer.clear()
             self._rendezvous = None
             self._stop_seen_at = None
+            self._stopped_together = False
+            self._resumed = self._epoch_rng = None
             super().teardown()
             self._trainer = None
 

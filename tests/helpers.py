@@ -79,9 +79,8 @@ class Replicas:
         }
         context = multiprocessing.get_context("forkserver")
         self.processes = [
-            context.Process(
-                target=_child, args=(r, self._folder, environment, timeout - 5, function, args), daemon=True
-            )
+            # Not daemons, which may not have a loader's workers; each ends itself at its deadline.
+            context.Process(target=_child, args=(r, self._folder, environment, timeout - 5, function, args))
             for r in range(num_replicas)
         ]
         for process in self.processes:

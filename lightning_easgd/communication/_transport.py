@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,14 @@ class OpenCenter(ABC):
         Raises:
             TransportError: it could not be completed; the center keeps its value from before.
         """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what must survive a restart besides the value: clock, the rule's memory, traffic. Drained before."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
+        """Restores the center's ``value`` (d,) and what ``state_dict`` returned. Every replica does so alike."""
 
     @abstractmethod
     def close(self) -> None:

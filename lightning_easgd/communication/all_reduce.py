@@ -7,13 +7,14 @@ The elastic force of synchronous EASGD needs only the replica's parameters and t
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Snapshot
 from lightning_easgd.communication._c10d import Group, Store, Work, new_group
-from lightning_easgd.communication._transport import OpenCenter, Transport, TransportError
+from lightning_easgd.communication._transport import OpenCenter, Traffic, Transport, TransportError
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["AllReduce"]
@@ -138,6 +139,15 @@ class _ReplicatedCenter(OpenCenter):
         self._rule.apply_(self._value, self._message[:size])
         self.announced.copy_(self._message[size:])
         self._clock += self.num_replicas
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"clock": self._clock, "rule": self._rule.state_dict(), "traffic": vars(self.traffic).copy()}
+
+    def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
+        self._value.copy_(value)
+        self._clock = int(state["clock"])
+        self._rule.load_state_dict(state["rule"])
+        self.traffic = Traffic(**state["traffic"])
 
     def close(self) -> None:
         group, self._group = self._group, None
