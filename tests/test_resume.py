@@ -1,5 +1,8 @@
 """Resume: a synchronous run goes on to the last bit as if it had never stopped, on every replica."""
 
+import re
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +55,15 @@ class _State(modules.pytorch_lightning.Callback):
         self.step = trainer.global_step
 
 
-def _fit(folder: str, optimizer: str, accumulate: int, resume: str | None, num_replicas: int = 2, **options: Any):
+def _fit(
+    folder: str,
+    optimizer: str,
+    accumulate: int,
+    resume: str | None,
+    num_replicas: int = 2,
+    workers: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     modules.pytorch_lightning.seed_everything(3)
@@ -61,7 +72,7 @@ def _fit(folder: str, optimizer: str, accumulate: int, resume: str | None, num_r
     # The second one saves at the end of each epoch, after validation.
     epochs = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
     t = trainer(
-        strategy=EASGDStrategy(EASGD(period=4), **options),
+        strategy=EASGDStrategy(EASGD(period=4)),
         callbacks=[state, checkpoints, epochs],
         devices=num_replicas,
         enable_checkpointing=True,
@@ -69,17 +80,19 @@ def _fit(folder: str, optimizer: str, accumulate: int, resume: str | None, num_r
         max_epochs=3,
         gradient_clip_val=1.0,
     )
-    loader = torch.utils.data.DataLoader(linear_data(80), batch_size=4, shuffle=True, num_workers=2)
+    loader = torch.utils.data.DataLoader(
+        linear_data(80), batch_size=4, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     validation = torch.utils.data.DataLoader(linear_data(16), batch_size=4)
     t.fit(Hard(optimizer), loader, validation, ckpt_path=resume)
     return {key: value for key, value in vars(state).items() if key not in ("log", "log_dict")}
 
 
-def _resume(replica: int, folder: str, optimizer: str, accumulate: int, stops: list[str]) -> Any:
-    whole = _fit(folder, optimizer, accumulate, None)
+def _resume(replica: int, folder: str, optimizer: str, accumulate: int, workers: int, stops: list[str]) -> Any:
+    whole = _fit(folder, optimizer, accumulate, None, workers=workers)
     found = []
     for stop in stops:
-        again = _fit(f"{folder}/resumed {stop}", optimizer, accumulate, f"{folder}/{stop}.ckpt")
+        again = _fit(f"{folder}/resumed {stop}", optimizer, accumulate, f"{folder}/{stop}.ckpt", workers=workers)
         found.append(again)
     return whole, found
 
@@ -97,18 +110,138 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "accumulate", "stops"),
+    ("optimizer", "accumulate", "workers", "stops"),
     [
         # 10 batches an epoch: in the middle of the second, at its end, in the middle of the last.
-        ("momentum", 1, ["step=12", "epoch=1", "step=24"]),
+        ("momentum", 1, 2, ["step=12", "epoch=1", "step=24"]),
         # 5 steps of 2 batches, or 4 of 3 with a last short window.
-        ("adam", 2, ["step=6", "epoch=0", "step=12"]),
-        ("adam", 3, ["step=3", "step=9"]),
+        ("adam", 2, 0, ["step=6", "epoch=0", "step=12"]),
+        ("adam", 3, 0, ["step=3", "step=9"]),
     ],
 )
-def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, optimizer, accumulate, stops):
-    for replica, (whole, found) in enumerate(run_replicas(_resume, 2, str(tmp_path), optimizer, accumulate, stops)):
+def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, optimizer, accumulate, workers, stops):
+    results = run_replicas(_resume, 2, str(tmp_path), optimizer, accumulate, workers, stops)
+    for replica, (whole, found) in enumerate(results):
         for stop, again in zip(stops, found, strict=True):
             expected = whole | {"batches": whole["batches"][-len(again["batches"]) :]}
             assert len(again["batches"]) < len(whole["batches"])
             assert _differences(expected, again, f"replica {replica} from {stop}: ") == []
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(re.sub(r"ckpt\.[0-9a-f]{8}\.", "ckpt.*.", path.name) for path in folder.iterdir())
+
+
+def _keep_one(replica: int, folder: str) -> None:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=1, save_last=True)
+    t = trainer(callbacks=[checkpoint], enable_checkpointing=True, max_epochs=1)
+    t.fit(Regression(), modules.loader())
+    weights = ModelCheckpoint(f"{folder}/weights", filename="only", save_weights_only=True)
+    t = trainer(callbacks=[weights], enable_checkpointing=True, max_epochs=1)
+    t.fit(Regression(), modules.loader())
+
+
+def test_replicas_files_come_and_go_with_their_checkpoint(tmp_path):
+    run_replicas(_keep_one, 2, str(tmp_path))
+    names = ["last.ckpt", "last.ckpt.*.replica-0", "last.ckpt.*.replica-1"]
+    assert _files(tmp_path) == [*names, *(n.replace("last", "step=8") for n in names), "weights"]
+    assert _files(tmp_path / "weights") == ["only.ckpt"]
+
+
+def _resume_damaged(replica: int, folder: str, options: dict[str, Any], num_replicas: int) -> Any:
+    start = torch.load(f"{folder}/step=12.ckpt", weights_only=True)["state_dict"]
+
+    class First(modules.pytorch_lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.same = all(
+                torch.equal(start[k], v) for k, v in pl_module.state_dict().items() if v.is_floating_point()
+            )
+            self.fresh = not any(o.state for o in trainer.optimizers)
+            self.step = trainer.global_step
+            trainer.should_stop = True
+
+    first = First()
+    t = trainer(
+        strategy=EASGDStrategy(EASGD(period=4), **options), callbacks=[first], devices=num_replicas, max_epochs=3
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            t.fit(Hard("momentum"), modules.loader(80), ckpt_path=f"{folder}/step=12.ckpt")
+        except ValueError as error:
+            return type(error).__name__, str(error)
+    told = [str(w.message) for w in caught if "from the center" in str(w.message)]
+    return first.same, first.fresh, first.step, told
+
+
+def _fit_only(replica: int, folder: str) -> None:
+    _fit(folder, "momentum", 1, None)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run_replicas(_fit_only, 2, str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of step 12's files, to damage."""
+    for path in saved.glob("step=12.ckpt*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def _of_replica(folder: Path, replica: int) -> Path:
+    [path] = folder.glob(f"step=12.ckpt.*.replica-{replica}")
+    return path
+
+
+@pytest.mark.parametrize(("num_replicas", "choice"), [(3, "fresh"), (1, "copy")])
+def test_another_number_of_replicas_starts_from_the_center(folder, num_replicas, choice):
+    options = {"resume_optimizer": choice}
+    for replica, result in enumerate(run_replicas(_resume_damaged, num_replicas, str(folder), options, num_replicas)):
+        same, fresh, step, told = result
+        assert (same, fresh, step) == (True, choice == "fresh", 12)
+        if replica == 0:
+            assert f"resumes {num_replicas} replicas from the center of" in told[0]
+            assert "(it has 2 replicas)" in told[0]
+
+
+def test_the_center_may_be_asked_for(folder):
+    for same, fresh, step, told in run_replicas(_resume_damaged, 2, str(folder), {"resume": "center"}, 2):
+        assert (same, fresh, step) == (True, True, 12)
+        assert not told or "as asked" in told[0]
+
+
+def _missing(path: Path) -> None:
+    path.unlink()
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _foreign(path: Path) -> None:
+    path.write_bytes(_of_replica(path.parent, 0).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (_missing, "is missing; put it there, or resume with"),
+        (_truncated, "cannot be read"),
+        (_foreign, "'replica': 0"),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_goes_on(folder, damage, text):
+    damage(_of_replica(folder, 1))
+    first, second = run_replicas(_resume_damaged, 2, str(folder), {}, 2)
+    assert first[0] == second[0] == "ReplicaFileError"
+    assert "another replica's file" in first[1]
+    assert "replica 1's file" in second[1]
+    assert text in second[1]
+    assert "resume='center'" in second[1]
