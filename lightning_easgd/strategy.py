@@ -626,7 +626,11 @@ class ElasticStrategy(_DDPStrategy):
     def _start_epoch(self, trainer: "Trainer", on_run_start: Callable[[Any], None], data_fetcher: Any) -> None:
         """Lightning's own, which creates the iterator of all epochs but the first."""
         fit_loop = trainer.fit_loop
-        if trainer.current_epoch > 0 and not fit_loop.is_resuming and not fit_loop.epoch_loop.restarting:
+        if (
+            trainer.current_epoch > 0
+            and not getattr(fit_loop, "is_resuming", False)
+            and not fit_loop.epoch_loop.restarting
+        ):
             if self._resumed is not None:
                 set_rng_state(self._resumed["rng"])
             self._epoch_rng = rng_state()

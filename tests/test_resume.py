@@ -1,6 +1,10 @@
 """Resume: a synchronous run goes on to the last bit as if it had never stopped, on every replica."""
 
+import os
+import random
 import re
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,8 +13,9 @@ import pytest
 import torch
 
 from lightning_easgd import EASGD, EASGDStrategy
+from lightning_easgd.checkpoint import KEY, ReplicaFile
 from tests import modules
-from tests.helpers import run_replicas
+from tests.helpers import Replicas, run_replicas
 from tests.modules import Regression, linear_data, trainer
 
 
@@ -245,3 +250,91 @@ def test_a_damaged_file_is_named_and_nothing_goes_on(folder, damage, text):
     assert "replica 1's file" in second[1]
     assert text in second[1]
     assert "resume='center'" in second[1]
+
+
+def _save_without_end(replica: int, folder: str, port: int) -> None:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+
+    class Progress(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:  # last.ckpt has been written once and is now written over
+                store.set(f"running/{replica}", str(os.getpid()))
+
+    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=1)
+    trainer(callbacks=[checkpoint, Progress()], enable_checkpointing=True, max_epochs=-1).fit(
+        Regression(), modules.loader()
+    )
+
+
+@pytest.mark.slow
+def test_a_job_killed_while_it_saves_leaves_its_last_checkpoint_complete(tmp_path):
+    """Twenty jobs, each killed at a random moment; it saves without a pause, twice a step."""
+    moments = random.Random(0)
+    for trial in range(20):
+        folder = tmp_path / str(trial)
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        replicas = Replicas(_save_without_end, 2, str(folder), store.port)
+        pids = [int(store.get(f"running/{r}")) for r in range(2)]
+        time.sleep(moments.uniform(0, 0.15))  # the moment, not a wait for something
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert replicas.join() == [-signal.SIGKILL] * 2
+        checkpoint = torch.load(folder / "last.ckpt", weights_only=False)
+        assert checkpoint["global_step"] >= 2
+        for r in range(2):
+            content = ReplicaFile(folder / "last.ckpt", checkpoint[KEY]["save"], r).read()
+            assert content["lightning"]["global_step"] == checkpoint["global_step"]
+
+
+def _die_at_file_operation(replica: int, folder: str, number: int) -> bool:
+    """Trains and ends itself before the n-th operation on files of a save; returns False if there were fewer."""
+    import shutil
+
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    armed = [False]
+    count = [0]
+
+    def deadly(function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            count[0] += armed[0]
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for owner, name in (
+        (os, "replace"),
+        (os, "rename"),
+        (os, "remove"),
+        (os, "fsync"),
+        (shutil, "move"),
+        (torch, "save"),
+    ):
+        setattr(owner, name, deadly(getattr(owner, name)))
+
+    class Arm(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            armed[0] = trainer.global_step == 4  # last.ckpt exists and is written over in this step
+
+    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=1)
+    t = trainer(callbacks=[Arm(), checkpoint], enable_checkpointing=True, devices=1, max_steps=6)
+    t.fit(Regression(), modules.loader())
+    return False
+
+
+def test_wherever_a_save_is_cut_short_the_last_checkpoint_is_complete(tmp_path):
+    number, codes = 0, []
+    while not codes or codes == [-signal.SIGKILL]:
+        number += 1
+        replicas = Replicas(_die_at_file_operation, 1, str(tmp_path / str(number)), number)
+        codes = replicas.join()
+        last = tmp_path / str(number) / "last.ckpt"
+        checkpoint = torch.load(last, weights_only=False)
+        ReplicaFile(last, checkpoint[KEY]["save"], 0).read()
+        assert checkpoint["global_step"] in (2, 4, 6)
+    assert codes == [0], replicas.error(0)
+    assert number > 8
