@@ -80,6 +80,13 @@ class Coupling:
         self._holds_center = False
         algorithm.start(vector, center)
 
+    def rebind(self, names: list[str], vector: ParameterVector, center: OpenCenter, value: Tensor) -> None:
+        """Goes on with other parameters and their own center, of value ``value`` (d,). Nothing may be outstanding."""
+        center.load_state_dict(self.center.state_dict(), value)
+        self.center.close()
+        self.names, self.vector, self.center = names, vector, center
+        self.algorithm.start(vector, center)
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     def step(self, local_update: Callable[[], None], *, recover: Callable[[], None] | None, at: int = 0) -> None:

@@ -26,7 +26,7 @@ from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, num_slots
 from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
-from lightning_easgd.communication import AllReduce, Transport, TransportError
+from lightning_easgd.communication import AllReduce, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
@@ -128,6 +128,7 @@ class ElasticStrategy(_DDPStrategy):
         self.resume_optimizer = resume_optimizer
         self.couplings: list[Coupling] = []
         self._by_optimizer: dict[int, Coupling] = {}
+        self._group: Group | None = None  # over the replicas, for what is not a center; None for one
         self._buffers: CenterBuffers | None = None
         self._holds_center = False
         self._rendezvous: Rendezvous | None = None
@@ -136,6 +137,7 @@ class ElasticStrategy(_DDPStrategy):
         self._stop_seen_at: float | None = None
         self._stopped_together = False
         self._report_every = 0
+        self._generation = 0
         self._resumed: dict[str, Any] | None = None  # this replica's part of the checkpoint, until training goes on
         self._fresh_optimizers = False
         self._rng_to_go_on_with: dict[str, Any] = {}
@@ -212,8 +214,6 @@ class ElasticStrategy(_DDPStrategy):
             return
         self._open_couplings()
         self._take_over(trainer)
-        if self._resumed is not None:
-            self._load_own_state(self._resumed)
 
     def _add_monitor(self, trainer: "Trainer") -> None:
         """Adds an ElasticMonitor where there is none: with the strategy's name alone, a run shows its coupling."""
@@ -233,12 +233,11 @@ class ElasticStrategy(_DDPStrategy):
             )
         self._rendezvous = self._open_rendezvous()
         self._check_same_parameters(self._rendezvous.store)
-        group = None
         if self.num_replicas > 1:
             store = PrefixStore("module", self._rendezvous.store)
-            group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
-            self._start_from_replica_0(group)
-        self._buffers = CenterBuffers(self._module, group, self.num_replicas)
+            self._group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
+            self._start_from_replica_0(self._group)
+        self._buffers = CenterBuffers(self._module, self._group, self.num_replicas)
 
     def _open_rendezvous(self) -> Rendezvous:
         assert self.cluster_environment is not None
@@ -293,20 +292,53 @@ class ElasticStrategy(_DDPStrategy):
                 )
         for index, parameters in enumerate(coupled_parameters(self._module, self.optimizers)):
             vector = ParameterVector(parameters.values())
-            center = self.transport.open(
-                vector.read(),
-                replica=self.replica,
-                num_replicas=self.num_replicas,
-                rule=Addition(),
-                store=PrefixStore(f"coupling/{index}", self._rendezvous.store),
-                timeout=self._wait,
-                num_slots=num_slots(self.num_replicas),
-            )
-            self._cleanup.callback(center.close)
+            center = self._open_center(f"coupling/{index}", vector.read())
             coupling = Coupling(list(parameters), vector, copy.deepcopy(self.algorithm), center)
             coupling.report_every = self._report_every
             self.couplings.append(coupling)
             self._by_optimizer[id(self.optimizers[index])] = coupling
+
+    def _open_center(self, name: str, initial: Tensor) -> OpenCenter:
+        assert self._rendezvous is not None
+        center = self.transport.open(
+            initial,
+            replica=self.replica,
+            num_replicas=self.num_replicas,
+            rule=Addition(),
+            store=PrefixStore(name, self._rendezvous.store),
+            timeout=self._wait,
+            num_slots=num_slots(self.num_replicas),
+        )
+        self._cleanup.callback(center.close)
+        return center
+
+    @torch.no_grad()
+    def _couple_anew(self) -> None:
+        """Couples the parameters that an optimizer holds and trains by now, where these are others than before.
+
+        One that joins (thawed by BackboneFinetuning, say) has the replicas' mean as its center; one that leaves is set
+        to its center. All replicas call it at the same point; collective where something has changed.
+        """
+        for index, parameters in enumerate(coupled_parameters(self._module, self.optimizers)):
+            coupling = self.couplings[index]
+            if list(parameters) == coupling.names:
+                continue
+            self._meet()
+            center = dict(zip(coupling.names, coupling.vector.views(coupling.center.value), strict=True))
+            for name, parameter in zip(coupling.names, coupling.vector.parameters, strict=True):
+                if name not in parameters:
+                    parameter.copy_(center[name])
+            vector = ParameterVector(parameters.values(), coupling.vector.dtype)
+            initial = vector.read()
+            if self._group is not None:
+                self._group.allreduce([initial]).wait()
+                initial /= self.num_replicas
+            for name, view in zip(parameters, vector.views(initial), strict=True):
+                if name in center:
+                    view.copy_(center[name])
+            self._generation += 1
+            opened = self._open_center(f"coupling/{index}/{self._generation}", initial)
+            coupling.rebind(list(parameters), vector, opened, initial)
 
     @property
     def _module(self) -> "LightningModule":
@@ -593,7 +625,10 @@ class ElasticStrategy(_DDPStrategy):
         if self._fresh_optimizers:  # the groups' learning rates belong to the schedulers' state
             fresh = [{**state, "state": {}} for state in checkpoint["optimizer_states"]]
             checkpoint = {**checkpoint, "optimizer_states": fresh}
+        self._couple_anew()  # a callback may have thawed parameters in on_fit_start, as far as it had got
         super().load_optimizer_state_dict(checkpoint)
+        if self._resumed is not None:
+            self._load_own_state(self._resumed)
 
     def _set_up_data(self, trainer: "Trainer", setup_data: Callable[[], None]) -> None:
         """Lightning's own, which creates the first epoch's iterator; resumed in mid-epoch, it goes on in the data."""
@@ -625,6 +660,7 @@ class ElasticStrategy(_DDPStrategy):
 
     def _start_epoch(self, trainer: "Trainer", on_run_start: Callable[[Any], None], data_fetcher: Any) -> None:
         """Lightning's own, which creates the iterator of all epochs but the first."""
+        self._couple_anew()
         fit_loop = trainer.fit_loop
         if (
             trainer.current_epoch > 0
@@ -686,7 +722,7 @@ class ElasticStrategy(_DDPStrategy):
             self._cleanup.close()
         finally:
             self.couplings.clear()
-            self._buffers = None
+            self._buffers = self._group = None
             self._holds_center = False
             self._by_optimizer.clear()
             self._rendezvous = None

@@ -72,6 +72,15 @@ def test_processes_started_by_multiprocessing_bring_the_center_back(script, tmp_
     assert float(weights) != 0
 
 
+def test_the_demo_runs_and_compares(tmp_path):
+    example = str(ROOT / "examples" / "digits.py")
+    arguments = ["--epochs=1", "--no-baseline", "--wandb=off", f"--out={tmp_path / 'out'}"]
+    printed = run(sys.executable, example, *arguments, cwd=tmp_path)
+    assert re.search(r"center\D+\d+\.\d+ %", printed), printed
+    assert len(re.findall(r"replica \d\D+\d+\.\d+ %", printed)) == 2
+    assert (tmp_path / "out" / "digits.png").stat().st_size > 1000
+
+
 CLI = """
 import {namespace}.cli
 from tests.modules import REGRESSIONS, loader

@@ -346,6 +346,54 @@ def test_between_two_exchanges_nothing_is_communicated(tmp_path):
         assert names == {"ProcessGroupGloo.allreduce": 4}
 
 
+def _thaw(replica: int) -> Any:
+    """The first layer is frozen in epoch 0, joins in epoch 1; the last leaves in epoch 3."""
+
+    class Thaw(modules.pytorch_lightning.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.frozen = pl_module.net[0].weight.detach().clone()
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.stayed = torch.equal(self.frozen, pl_module.net[0].weight)
+                pl_module.net[0].requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.net[0].parameters()), "lr": 0.02})
+            if trainer.current_epoch == 3:
+                pl_module.net[2].requires_grad_(False)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                self.left = pl_module.net[2].weight.detach().clone()
+
+        def on_train_end(self, trainer, pl_module):
+            with trainer.strategy.weights_of("replica"):
+                self.replica = flat(pl_module)
+            self.names = trainer.strategy.couplings[0].names
+            self.clock = trainer.strategy.couplings[0].algorithm.clock
+
+    class Module(Regression):
+        def configure_optimizers(self):
+            self.net[0].requires_grad_(False)
+            return torch.optim.SGD(self.net[2].parameters(), lr=0.05)
+
+    thaw, module = Thaw(), Module()
+    trainer(strategy=EASGDStrategy(EASGD(period=2)), callbacks=[thaw], max_epochs=5).fit(module, loader())
+    return thaw.stayed, thaw.names, thaw.clock, flat(module), thaw.left, thaw.replica, thaw.frozen
+
+
+def test_parameters_that_are_thawed_join_and_frozen_ones_leave():
+    (stayed, names, clock, center0, left0, replica0, frozen), (*_, center1, left1, replica1, _) = run_replicas(_thaw, 2)
+    assert stayed
+    assert names == ["net.0.weight", "net.0.bias"]
+    assert clock == 5 * 8
+    assert torch.equal(center0, center1)
+    assert torch.equal(left0, left1)  # a parameter that leaves is its center's value on all replicas
+    assert not torch.equal(center0[:32], frozen.flatten())
+    # The first layer's replicas differ, and are tied to their center.
+    distance = (replica0 - replica1)[:32].norm()
+    assert 0 < distance < (center0[:32] - frozen.flatten()).norm()
+
+
 def _different_parameters(replica: int, change: str) -> Any:
     module = Regression()
     if replica == 1:

@@ -153,6 +153,11 @@ class EASGD(Algorithm):
                 stacklevel=2,
             )
 
+    def start(self, replica: Replica, center: Center) -> None:
+        """Forgets the force of other parameters; see ``Algorithm.start``."""
+        super().start(replica, center)
+        self._force = None
+
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
         """Performs one iteration of Algorithm 1. Blocks only on an exchange, for the center's last additions."""
         exchange = self.is_due
