@@ -4,7 +4,11 @@ Each replica's buffers follow its own data and weights. For the center, floating
 all others are replica 0's; or batch-norm statistics are estimated anew, with the center's weights, on training data.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+import torch.optim.swa_utils
 from torch import Tensor, nn
 
 from lightning_easgd.communication._c10d import Group, broadcast_bytes
@@ -57,6 +61,18 @@ class CenterBuffers:
         self._own = [b.detach().clone() for b in buffers]
         for buffer, value in zip(buffers, self._center, strict=True):
             buffer.copy_(value)
+
+    def reestimate(self, inputs: Iterable[Any]) -> None:
+        """Estimates batch-norm statistics anew with the weights that the module holds. Collective and blocking.
+
+        Args:
+            inputs: this replica's share of training inputs; the replicas' estimates are averaged.
+        """
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._module.modules()):
+            torch.optim.swa_utils.update_bn(inputs, self._module)
+            self.gather()
+            for buffer, value in zip(self._module.buffers(), self._center or (), strict=False):
+                buffer.copy_(value)
 
     @property
     def own(self) -> list[Tensor]:

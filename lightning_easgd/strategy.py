@@ -5,6 +5,7 @@
 """
 
 import copy
+import itertools
 import json
 import logging
 import time
@@ -73,6 +74,7 @@ class ElasticStrategy(_DDPStrategy):
         *,
         evaluate: Literal["center", "replica"] = "center",
         on_nonfinite: Literal["raise", "reset"] = "raise",
+        center_buffers: Literal["mean"] | int = "mean",
         resume: Literal["replicas", "center"] = "replicas",
         resume_optimizer: Literal["fresh", "copy"] = "fresh",
         accelerator: "Accelerator | None" = None,
@@ -93,6 +95,10 @@ class ElasticStrategy(_DDPStrategy):
                 ranks, or each rank's own replica.
             on_nonfinite: what happens to a replica whose delta is not finite: ``"raise"`` ends the job and names it;
                 ``"reset"`` puts it back on the center with a fresh optimizer state and goes on.
+            center_buffers: the center's batch-norm statistics: the replicas' mean, or an estimate of their own, with
+                the center's weights, over so many training batches of each replica (>= 1). The latter makes that many
+                forward passes for each evaluation and checkpoint, calling the module on the batch, or on its first
+                element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
             resume: what ``fit(ckpt_path=...)`` starts from: every replica's own state, exactly as it was, or the center
                 alone. Where the checkpoint has another number of replicas it is always the center.
             resume_optimizer: the optimizers' state of replicas that start from the center of such a checkpoint: none,
@@ -120,10 +126,16 @@ class ElasticStrategy(_DDPStrategy):
         ):
             if choice not in choices:
                 raise ValueError(f"EASGDStrategy({name}={choice!r}): must be one of {', '.join(map(repr, choices))}")
+        is_count = isinstance(center_buffers, int) and not isinstance(center_buffers, bool) and center_buffers >= 1
+        if center_buffers != "mean" and not is_count:
+            raise ValueError(
+                f"EASGDStrategy(center_buffers={center_buffers!r}): must be 'mean' or a number of training batches >= 1"
+            )
         self.algorithm = EASGD() if algorithm is None else algorithm
         self.transport = AllReduce() if transport is None else transport
         self.evaluate = evaluate
         self.on_nonfinite = on_nonfinite
+        self.center_buffers = center_buffers
         self.resume = resume
         self.resume_optimizer = resume_optimizer
         self.couplings: list[Coupling] = []
@@ -131,6 +143,7 @@ class ElasticStrategy(_DDPStrategy):
         self._group: Group | None = None  # over the replicas, for what is not a center; None for one
         self._buffers: CenterBuffers | None = None
         self._holds_center = False
+        self._center_is_new = False
         self._rendezvous: Rendezvous | None = None
         self._cleanup = ExitStack()
         self._trainer: Trainer | None = None
@@ -471,6 +484,7 @@ class ElasticStrategy(_DDPStrategy):
                 list(pool.map(self._settle, self.couplings))
         if for_center and self._buffers is not None:
             self._buffers.gather()
+            self._center_is_new = True
 
     @staticmethod
     def _settle(coupling: Coupling) -> None:
@@ -530,9 +544,25 @@ class ElasticStrategy(_DDPStrategy):
             coupling.swap()
         if whose == "center":
             self._buffers.swap_in()
+            if self._center_is_new and self.center_buffers != "mean":
+                self._reestimate(self._buffers, self.center_buffers)
+            self._center_is_new = False
         else:
             self._buffers.swap_out()
         self._holds_center = whose == "center"
+
+    def _reestimate(self, buffers: CenterBuffers, num_batches: int) -> None:
+        assert self._trainer is not None
+        combined = self._trainer.fit_loop._combined_loader
+        if combined is None:
+            return  # before the first epoch the statistics are as the module made them
+        loader = copy.copy(combined.flattened[0])
+        if getattr(loader, "persistent_workers", False):
+            loader._iterator = None  # the original's own belongs to the epoch that is going on
+        before = rng_state()
+        with self.precision_plugin.forward_context():
+            buffers.reestimate(self.batch_to_device(batch) for batch in itertools.islice(loader, num_batches))
+        set_rng_state(before)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

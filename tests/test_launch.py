@@ -77,7 +77,7 @@ def test_the_demo_runs_and_compares(tmp_path):
     arguments = ["--epochs=1", "--no-baseline", "--wandb=off", f"--out={tmp_path / 'out'}"]
     printed = run(sys.executable, example, *arguments, cwd=tmp_path)
     assert re.search(r"center\D+\d+\.\d+ %", printed), printed
-    assert len(re.findall(r"replica \d\D+\d+\.\d+ %", printed)) == 2
+    assert len(re.findall(r"replica_\d\D+\d+\.\d+ %", printed)) == 2
     assert (tmp_path / "out" / "digits.png").stat().st_size > 1000
 
 
