@@ -13,11 +13,11 @@ from lightning_easgd.algorithms import Algorithm, Snapshot
 from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter
 from lightning_easgd.flatten import ParameterVector
 
-__all__ = ["DONE", "STOP", "Coupling", "Report", "num_slots"]
+__all__ = ["DONE", "END", "STOP", "Coupling", "Report", "num_slots"]
 
-# The slots of an exchange: two votes, then the figures of each replica's report, in FIGURES' order.
-STOP, DONE = 0, 1
-_VOTES = 2
+# The slots of an exchange: three votes, then the figures of each replica's report, in FIGURES' order.
+STOP, DONE, END = 0, 1, 2
+_VOTES = 3
 FIGURES = ("present", "distance", "force", "update", "exposed_s", "hidden_s")
 
 
@@ -63,14 +63,16 @@ class Coupling:
         center: open; closed by ``close``.
 
     Attributes:
-        stop: whether this replica asks all to stop, from its next exchange on.
+        stop: whether this replica asks all to stop at once, from its next exchange on.
+        end: whether it asks all to end training after this epoch, likewise; its next exchange may be a meeting's.
+        ended: whether some replica has asked for it, as of the last completed exchange.
         report_every: make a report every so many exchanges; 0 for never.
         reports: the last complete reports, oldest first.
     """
 
     def __init__(self, names: list[str], vector: ParameterVector, algorithm: Algorithm, center: OpenCenter) -> None:
         self.names, self.vector, self.algorithm, self.center = names, vector, algorithm, center
-        self.stop = False
+        self.stop = self.end = self.ended = False
         self.report_every = 0
         self.reports: deque[Report] = deque(maxlen=256)
         self._at = 0
@@ -153,6 +155,7 @@ class Coupling:
         """Puts this replica's votes and last figures into the slots of the exchange that is about to be sent."""
         self.center.announcement[STOP] = float(self.stop)
         self.center.announcement[DONE] = float(done)
+        self.center.announcement[END] = float(self.end)
         self.center.announcement[_VOTES:].zero_()
         measured, self._measured = self._measured, None
         self._announced = measured
@@ -162,6 +165,7 @@ class Coupling:
 
     def _receive(self) -> None:
         """Reads the figures of all replicas from the exchange that was just completed."""
+        self.ended = self.ended or int(self.center.announced[END]) > 0
         announced, self._announced = self._announced, None
         if announced is None:
             return

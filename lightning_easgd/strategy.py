@@ -372,6 +372,10 @@ class ElasticStrategy(_DDPStrategy):
         # Around the whole of an evaluation, so that callbacks' hooks see its weights too, and an error puts them back.
         self._patch(epoch_loop.val_loop, "run", partial(self._evaluate, epoch_loop.val_loop.run))
         self._patch(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
+        for callback in vars(trainer)["callbacks"]:
+            # A time limit broadcasts at every batch, where replicas with more batches than rank 0 would wait for good.
+            if "Timer" in (kind.__name__ for kind in type(callback).__mro__) and hasattr(callback, "time_elapsed"):
+                self._patch(callback, "on_train_batch_end", partial(self._check_time, callback))
         self._patch(fit_loop, "setup_data", partial(self._set_up_data, trainer, fit_loop.setup_data))
         self._patch(epoch_loop, "on_run_start", partial(self._start_epoch, trainer, epoch_loop.on_run_start))
         # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
@@ -406,6 +410,8 @@ class ElasticStrategy(_DDPStrategy):
             recover=partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None,
             at=self._trainer.fit_loop.epoch_loop._batches_that_stepped,  # the step of Lightning's own log entries
         )
+        if coupling.ended:
+            self._trainer.should_stop = True
         if coupling.stop_votes or self._stop_seen_at is not None or self._rendezvous_has_news:
             self._attend_to_stop(coupling)
         return output
@@ -436,6 +442,13 @@ class ElasticStrategy(_DDPStrategy):
             self._meet()
             self._stopped_together = True
             self._set_received_sigterm()
+
+    def _check_time(self, timer: Any, *_: Any) -> None:
+        """Rank 0 decides; the others learn of it in its next exchange, at the latest when they meet."""
+        if self.is_global_zero and timer._interval == "step" and timer._duration is not None:
+            over = timer.time_elapsed() >= timer._duration
+            for coupling in self.couplings:
+                coupling.end = coupling.end or over
 
     def _set_received_sigterm(self) -> None:
         # Lightning raises its SIGTERMException at the end of the batch where this is set.
@@ -482,6 +495,8 @@ class ElasticStrategy(_DDPStrategy):
         elif self.couplings:  # another replica may need an answer from any of them first
             with ThreadPoolExecutor(len(self.couplings)) as pool:
                 list(pool.map(self._settle, self.couplings))
+        if self._trainer is not None and any(coupling.ended for coupling in self.couplings):
+            self._trainer.should_stop = True
         if for_center and self._buffers is not None:
             self._buffers.gather()
             self._center_is_new = True

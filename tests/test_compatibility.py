@@ -18,6 +18,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
     BasePredictionWriter,
     BatchSizeFinder,
     EarlyStopping,
@@ -871,3 +872,50 @@ def test_compiled_submodule():
     for result in results_of(compiled):
         assert result["clocks"] == [8]
         assert torch.equal(result["after"], result["center"])
+
+
+def _uneven_time_limit(replica: int) -> Any:
+    module = Regression()
+    t = trainer(
+        strategy=EASGDStrategy(EASGD(period=2)),
+        callbacks=[Timer({"seconds": 1})],
+        max_epochs=-1,
+        limit_train_batches=3 if replica == 0 else 8,
+    )
+    t.fit(module, loader())
+    return t.current_epoch, t.global_step, flat(module)
+
+
+def test_a_time_limit_ends_replicas_with_unequal_work():
+    (epoch0, step0, center0), (epoch1, step1, center1) = run_replicas(_uneven_time_limit, 2)
+    assert epoch0 == epoch1
+    assert 0 < step0 < step1
+    assert torch.equal(center0, center1)
+
+
+def _finetune(replica: int) -> Any:
+    class Finetuned(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = torch.nn.Linear(4, 4)
+            self.net = torch.nn.Linear(4, 1)
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return torch.nn.functional.mse_loss(self.net(torch.tanh(self.backbone(batch[0]))), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+    module = Finetuned()
+    before = module.backbone.weight.detach().clone()
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.0, verbose=False)
+    t = trainer(strategy=EASGDStrategy(EASGD(period=2)), callbacks=[thaw], max_epochs=4)
+    t.fit(module, loader())
+    return before, flat(module), module.backbone.weight.detach().clone()
+
+
+def test_a_backbone_that_is_thawed_joins_the_exchange():
+    (before, center0, backbone0), (_, center1, backbone1) = run_replicas(_finetune, 2)
+    assert torch.equal(center0, center1)
+    assert torch.equal(backbone0, backbone1)
+    assert not torch.equal(before, backbone0)

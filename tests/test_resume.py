@@ -133,6 +133,43 @@ def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, o
             assert _differences(expected, again, f"replica {replica} from {stop}: ") == []
 
 
+def _other_namespace(replica: int, folder: str) -> Any:
+    import lightning.pytorch
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    class State(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.center = modules.flat(pl_module)
+            with trainer.strategy.weights_of("replica"):
+                self.replica = modules.flat(pl_module)
+
+    found = []
+    for name, resume in (("whole", None), ("again", f"{folder}/step=11.ckpt")):
+        lightning.pytorch.seed_everything(5)
+        state = State()
+        checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=11, save_top_k=-1)
+        logger = CSVLogger(folder, name=name, version=0)
+        t = trainer(
+            "lightning.pytorch", callbacks=[state, checkpoint], logger=logger, enable_checkpointing=True, max_epochs=2
+        )
+        t.fit(modules.REGRESSIONS["lightning.pytorch"](), modules.loader(), modules.loader(), ckpt_path=resume)
+        assert [type(c).__module__ for c in t.callbacks if type(c).__name__ == "ElasticMonitor"] == [
+            "lightning_easgd.pytorch"
+        ]
+        found.append((state.center, state.replica, float(t.callback_metrics["val_loss"])))
+    return found
+
+
+def test_the_other_namespace_trains_logs_saves_and_resumes(tmp_path):
+    results = run_replicas(_other_namespace, 2, str(tmp_path))
+    for whole, again in results:
+        assert _differences(list(whole), list(again)) == []
+    assert torch.equal(results[0][0][0], results[1][0][0])
+    assert not torch.equal(results[0][0][1], results[1][0][1])
+    assert "easgd/consensus_distance" in (tmp_path / "whole" / "version_0" / "metrics.csv").read_text()
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(re.sub(r"ckpt\.[0-9a-f]{8}\.", "ckpt.*.", path.name) for path in folder.iterdir())
 
