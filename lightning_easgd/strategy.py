@@ -219,6 +219,12 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def setup(self, trainer: "Trainer") -> None:
         self._trainer = trainer
+        if self._layer_sync is not None:  # which would synchronise statistics over all replicas at every forward
+            self._layer_sync = None
+            rank_zero_warn(
+                "Trainer(sync_batchnorm=True) has no effect on EASGDStrategy with one process a replica: batch "
+                "statistics are each replica's own"
+            )
         if trainer.state.fn == "fit" and trainer.loggers:
             self._add_monitor(trainer)
         super().setup(trainer)
@@ -239,11 +245,6 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         # Where DDPStrategy wraps the module. Here it stays as it is: a replica is one process.
-        if self._layer_sync is not None:
-            rank_zero_warn(
-                "Trainer(sync_batchnorm=True) has no effect on EASGDStrategy with one process a replica: batch "
-                "statistics are each replica's own"
-            )
         self._rendezvous = self._open_rendezvous()
         self._check_same_parameters(self._rendezvous.store)
         if self.num_replicas > 1:

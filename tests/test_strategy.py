@@ -425,6 +425,20 @@ def test_replicas_that_differ_are_named(change, text):
         assert text in message
 
 
+def _sync_batchnorm(replica: int) -> Any:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = BatchNormRegression()
+        trainer(sync_batchnorm=True).fit(module, loader())
+    return [str(w.message) for w in caught if "sync_batchnorm" in str(w.message)], type(module.net[1]).__name__
+
+
+def test_sync_batchnorm_says_that_it_has_no_effect():
+    (warned, kind), (_, other) = run_replicas(_sync_batchnorm, 2)
+    assert any("sync_batchnorm=True) has no effect on EASGDStrategy with one process a replica" in w for w in warned)
+    assert kind == other == "BatchNorm1d"
+
+
 def _nonfinite(replica: int, on_nonfinite: str) -> Any:
     class Poison(modules.pytorch_lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -1,0 +1,19 @@
+"""What the documents say of the tests."""
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def test_every_row_of_the_compatibility_table_names_tests_that_exist():
+    rows = [r for r in (TESTS.parent / "docs/compatibility.md").read_text().splitlines() if r.startswith("| ")][1:]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row.split("|")[3])
+        assert named, row
+        for file, name in named:
+            tree = ast.parse((TESTS / file).read_text())
+            functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert not name or name in functions, f"{file}::{name}"
