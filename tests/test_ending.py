@@ -19,7 +19,7 @@ from tests.helpers import Replicas
 from tests.modules import Regression, loader, trainer
 
 # A job's end must come well before the 60 s that a user is promised.
-BOUND_S = 40.0
+BOUND_S = 50.0
 LONG = 10**9
 
 
@@ -97,8 +97,6 @@ def test_an_exception_on_one_ends_all_and_is_shown(tmp_path, culprit, period):
 @pytest.mark.parametrize("period", [5, LONG], ids=["soon", "no exchange in sight"])
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_silent_death_ends_all(tmp_path, culprit, period):
-    if culprit == 1 and period == LONG:
-        pytest.skip("only rank 0's death shows without an exchange: its store ends with it")
     replicas, _, began = _run(tmp_path, period, "die", culprit)
     codes = _check(tmp_path, replicas, began)
     assert codes[culprit] == 9

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from datetime import timedelta
 
 from lightning_easgd.communication._c10d import TCPStore
@@ -20,6 +21,12 @@ log = logging.getLogger(__name__)
 
 _FAILURE, _STOP = "failure", "stop"
 _FAREWELL = timedelta(seconds=2)
+# A watcher counts about once a second, whatever its main thread does, unless something holds Python's lock.
+_SILENCE_S = 30.0
+
+
+def _beat(rank: int) -> str:
+    return f"beat/{rank}"
 
 
 def _seen(rank: int) -> str:
@@ -64,6 +71,8 @@ class Rendezvous:
         )
         self.port = self.store.port
         self._over = threading.Event()
+        self._beats: dict[int, tuple[int, float]] = {}  # in rank 0: a rank's last count, and when it changed
+        self._last_look = time.monotonic()
         self._watcher = threading.Thread(target=self._watch, name="lightning_easgd-watcher", daemon=True)
         if world_size > 1:
             self._watcher.start()
@@ -107,6 +116,20 @@ class Rendezvous:
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join(timeout=5)
 
+    def _silent(self, store: TCPStore) -> int | None:
+        """Returns a rank whose watcher once counted and has stopped to: its process is dead, however it ended."""
+        now = time.monotonic()
+        if now - self._last_look > _SILENCE_S / 4:  # this process itself was stopped, and maybe all with it
+            self._beats.clear()
+        self._last_look = now
+        for rank in range(1, self._world_size):
+            beat = store.add(_beat(rank), 0)
+            if beat and self._beats.get(rank, (0, now))[0] != beat:
+                self._beats[rank] = beat, now
+            elif beat and now - self._beats[rank][1] > _SILENCE_S:
+                return rank
+        return None
+
     def _watch(self) -> None:
         try:
             # A store's client serialises its calls, and a blocking one would hold up the main thread's.
@@ -120,6 +143,11 @@ class Rendezvous:
                     failure = store.get(_FAILURE).decode()
                     store.set(_seen(self.rank), "1")
                     break
+                store.add(_beat(self.rank), 1)
+                silent = self._silent(store) if self.rank == 0 else None
+                if silent is not None:
+                    # Not in the name of rank 0, which must end like all others.
+                    store.compare_set(_FAILURE, "", f"rank {silent}: no sign of life for {_SILENCE_S:.0f} s")
             else:
                 return
         except RuntimeError as error:  # DistNetworkError, DistStoreError: the server's process is gone
