@@ -397,7 +397,12 @@ class ElasticStrategy(_DDPStrategy):
         model: "LightningModule | nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        coupling = self._by_optimizer[id(optimizer)]
+        coupling = self._by_optimizer.get(id(optimizer))
+        if coupling is None:
+            raise RuntimeError(
+                f"EASGDStrategy: this {type(optimizer).__name__} is none of the optimizers that configure_optimizers "
+                "returned when training began; add parameters to those with add_param_group instead of replacing them"
+            )
         output = None
 
         def local_update() -> None:

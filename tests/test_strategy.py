@@ -506,6 +506,23 @@ def test_precision_plugins_of_other_strategies_are_refused():
         trainer(strategy=EASGDStrategy(), plugins=[FSDPPrecision("bf16-true")])
 
 
+def _replaced(replica: int) -> str:
+    class Replace(modules.pytorch_lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.1)]
+
+    try:
+        trainer(devices=1, callbacks=[Replace()]).fit(Regression(), loader())
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+def test_an_optimizer_that_is_replaced_is_refused():
+    [message] = run_replicas(_replaced, 1)
+    assert message.startswith("EASGDStrategy: this SGD is none of the optimizers that configure_optimizers returned")
+
+
 def _zero(replica: int) -> str:
     class Module(Regression):
         def configure_optimizers(self):
