@@ -28,6 +28,7 @@ from pytorch_lightning.callbacks import (
     Timer,
 )
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn import functional
@@ -919,3 +920,35 @@ def test_a_backbone_that_is_thawed_joins_the_exchange():
     assert torch.equal(center0, center1)
     assert torch.equal(backbone0, backbone1)
     assert not torch.equal(before, backbone0)
+
+
+def _skipped_amp_step(replica: int) -> Any:
+    class Overflow(Regression):
+        def loss(self, batch: Any) -> torch.Tensor:
+            loss = super().loss(batch)
+            # One replica's third step overflows, so that its scaler skips the optimizer's.
+            return loss * float("inf") if replica == 1 and self.global_step == 2 and self.training else loss
+
+    applied = []
+
+    class Applied(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.optimizers[0].register_step_post_hook(lambda *_: applied.append(trainer.global_step))
+
+        def on_train_end(self, trainer, pl_module):
+            coupling = trainer.strategy.couplings[0]
+            self.clock, self.exchanges = coupling.algorithm.clock, coupling.center.traffic.exchanges
+
+    module, counts = Overflow(), Applied()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    t = trainer(strategy=EASGDStrategy(EASGD(period=2)), plugins=[plugin], callbacks=[counts])
+    t.fit(module, loader())
+    return counts.clock, counts.exchanges, len(applied), plugin.scaler.get_scale(), flat(module)
+
+
+def test_a_step_that_the_scaler_skips_counts():
+    (*first, center0), (*second, center1) = run_replicas(_skipped_amp_step, 2)
+    assert first == [8, 4, 8, 8.0]
+    assert second == [8, 4, 7, 4.0]
+    assert torch.equal(center0, center1)
+    assert torch.isfinite(center0).all()
