@@ -34,9 +34,10 @@ class CenterBuffers:
     def gather(self) -> None:
         """Computes the center's buffers from the replicas'. Collective and blocking, two messages of their size."""
         buffers = list(self._module.buffers())
-        if self._group is None or not buffers:
-            return
         center = [b.detach().clone(memory_format=torch.contiguous_format) for b in buffers]
+        if self._group is None or not buffers:
+            self._center = center
+            return
         broadcast_bytes(self._group, center)
         floating = [i for i, b in enumerate(buffers) if b.is_floating_point() and b.numel()]
         if floating:

@@ -271,18 +271,21 @@ class _ObservedCenter:
     def push(self, delta: Tensor, *, read_at: int) -> None:
         coupling, center = self._coupling, self._coupling.center
         exchange = center.traffic.exchanges + 1
-        if coupling.report_every and exchange % coupling.report_every == 0 and self.snapshot is not None:
+        snapshot = self.snapshot
+        # By the center's clock, which all replicas share: one that abstained has pushed fewer times.
+        turn = 0 if snapshot is None else snapshot.clock // self.num_replicas
+        if snapshot is not None and coupling.report_every and turn % coupling.report_every == 0:
             self.measured = {
                 "exchange": exchange,
                 "at": coupling._at,
                 "present": 1.0,
-                "distance": coupling.vector.distance(self.snapshot.value),
+                "distance": coupling.vector.distance(snapshot.value),
                 "force": float(torch.linalg.vector_norm(delta)),
                 "update": 0.0,
                 "bytes_sent": center.traffic.bytes_sent,
                 "exposed_s": center.traffic.exposed_s,
                 "hidden_s": center.traffic.hidden_s,
-                "center_norm": float(torch.linalg.vector_norm(self.snapshot.value)),
+                "center_norm": float(torch.linalg.vector_norm(snapshot.value)),
             }
         coupling._announce(done=False)
         center.push(delta, read_at=read_at)

@@ -5,9 +5,9 @@ files are written first, each atomically, then ``model.ckpt``, which refers to t
 earlier save of the same name removed: whenever a job is killed, the newest ``model.ckpt`` has all of its files.
 """
 
-import glob
 import os
 import random
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -90,12 +90,14 @@ class ReplicaFile:
     @staticmethod
     def remove(checkpoint: str | os.PathLike[str], *, replica: int | None = None, but: str | None = None) -> None:
         """Removes the files of a checkpoint: of one replica or of all, of every save or of all but one."""
-        path = os.path.realpath(checkpoint)
-        whose = "*" if replica is None else str(replica)
-        for found in glob.glob(f"{glob.escape(path)}.*.replica-{whose}*"):
-            if but is None or not found.startswith(f"{path}.{but}."):
+        folder, name = os.path.split(os.path.realpath(checkpoint))
+        whose = r"\d+" if replica is None else str(replica)
+        ours = re.compile(rf"{re.escape(name)}\.([0-9a-f]{{8}})\.replica-{whose}(\.part)?")
+        for found in os.listdir(folder) if os.path.isdir(folder) else ():
+            match = ours.fullmatch(found)
+            if match is not None and match[1] != but:
                 with suppress(FileNotFoundError):  # another process of this host was faster
-                    os.remove(found)
+                    os.remove(os.path.join(folder, found))
 
 
 def rng_state() -> dict[str, Any]:

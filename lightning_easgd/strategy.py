@@ -225,14 +225,25 @@ class ElasticStrategy(_DDPStrategy):
                 "Trainer(sync_batchnorm=True) has no effect on EASGDStrategy with one process a replica: batch "
                 "statistics are each replica's own"
             )
-        if trainer.state.fn == "fit" and trainer.loggers:
-            self._add_monitor(trainer)
+        if trainer.state.fn == "fit":
+            self._refuse_callbacks(trainer)
+            if trainer.loggers:
+                self._add_monitor(trainer)
         super().setup(trainer)
         if trainer.state.fn != "fit":
             self._patch(trainer._signal_connector, "_sigterm_notifier_fn", self._on_sigterm)
             return
         self._open_couplings()
         self._take_over(trainer)
+
+    def _refuse_callbacks(self, trainer: "Trainer") -> None:
+        for callback in vars(trainer)["callbacks"]:
+            # As a callback it trains inside of fit, ends that training, and lets another begin in its place.
+            if type(callback).__name__ == "LearningRateFinder" and not getattr(callback, "_early_exit", False):
+                raise ValueError(
+                    "EASGDStrategy: the callback LearningRateFinder runs a training inside of fit; call "
+                    "Tuner(trainer).lr_find(module) before fit instead"
+                )
 
     def _add_monitor(self, trainer: "Trainer") -> None:
         """Adds an ElasticMonitor where there is none: with the strategy's name alone, a run shows its coupling."""

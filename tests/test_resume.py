@@ -192,6 +192,19 @@ def test_replicas_files_come_and_go_with_their_checkpoint(tmp_path):
     assert _files(tmp_path / "weights") == ["only.ckpt"]
 
 
+def test_removal_spares_files_of_other_names(tmp_path):
+    names = [
+        "model.0123abcd.replica-1", "model.0123abcd.replica-1.part", "model.0123abcd.replica-12",
+        "model.ffff0000.replica-1", "model.ckpt.0123abcd.replica-1", "model",
+    ]  # fmt: skip
+    for name in names:
+        (tmp_path / name).touch()
+    ReplicaFile.remove(tmp_path / "model", replica=1, but="ffff0000")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[2:])
+    ReplicaFile.remove(tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.ckpt.0123abcd.replica-1"]
+
+
 def _resume_damaged(replica: int, folder: str, options: dict[str, Any], num_replicas: int) -> Any:
     start = torch.load(f"{folder}/step=12.ckpt", weights_only=True)["state_dict"]
 

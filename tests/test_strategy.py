@@ -506,6 +506,36 @@ def test_precision_plugins_of_other_strategies_are_refused():
         trainer(strategy=EASGDStrategy(), plugins=[FSDPPrecision("bf16-true")])
 
 
+def _lr_finder_callback(replica: int) -> str:
+    from pytorch_lightning.callbacks import LearningRateFinder
+
+    try:
+        trainer(devices=1, callbacks=[LearningRateFinder()]).fit(Regression(), loader())
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_training_inside_of_fit_is_refused():
+    [message] = run_replicas(_lr_finder_callback, 1)
+    assert "call Tuner(trainer).lr_find(module) before fit" in message
+
+
+def _estimated_alone(replica: int) -> Any:
+    seen = _BuffersSeen()
+    module = BatchNormRegression()
+    module.forward = module.net.forward
+    t = trainer(strategy=EASGDStrategy(center_buffers=3), devices=1, callbacks=[seen], val_check_interval=5)
+    t.fit(module, loader(), loader())
+    return seen.own["net.1.num_batches_tracked"], seen.center["net.1.num_batches_tracked"]
+
+
+def test_one_replica_keeps_its_statistics_while_the_centers_are_estimated():
+    [(own, center)] = run_replicas(_estimated_alone, 1)
+    assert own == 16
+    assert center == 3
+
+
 def _replaced(replica: int) -> str:
     class Replace(modules.pytorch_lightning.Callback):
         def on_train_start(self, trainer, pl_module):

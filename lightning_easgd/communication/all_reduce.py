@@ -91,6 +91,7 @@ class _ReplicatedCenter(OpenCenter):
         return Snapshot(self._value, self._clock)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
+        self._require_open()
         self.drain()
         self._refuse_nonfinite(delta)
         # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
@@ -100,13 +101,17 @@ class _ReplicatedCenter(OpenCenter):
         self.traffic.exchanges += 1
 
     def abstain(self) -> None:
+        self._require_open()
         self.drain()
         self._message.zero_()
         self._launch()
 
-    def _launch(self) -> None:
+    def _require_open(self) -> None:
         if self._group is None:
             raise TransportError(f"replica {self.replica}: the all-reduce center is closed")
+
+    def _launch(self) -> None:
+        assert self._group is not None
         self._message[self._value.numel() :].copy_(self.announcement)
         self._completed_at = None
         self._launched_at = time.perf_counter()
@@ -155,3 +160,4 @@ class _ReplicatedCenter(OpenCenter):
         if group is not None and self._work is not None and hasattr(group, "abort"):
             group.abort()
         self._work = None
+        self._value = self._message = self._value.new_empty(0)
