@@ -1,5 +1,6 @@
 """One optimizer's parameters tied to one center: the flat vector, the algorithm and its clock, and what it reports."""
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms import Algorithm, Snapshot
+from lightning_easgd.algorithms import Algorithm, Exchange, Snapshot
 from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter
+from lightning_easgd.communication._turnstile import Turnstile
 from lightning_easgd.flatten import ParameterVector
 
 __all__ = ["DONE", "END", "STOP", "Coupling", "Report", "num_slots"]
@@ -18,7 +20,18 @@ __all__ = ["DONE", "END", "STOP", "Coupling", "Report", "num_slots"]
 # The slots of an exchange: three votes, then the figures of each replica's report, in FIGURES' order.
 STOP, DONE, END = 0, 1, 2
 _VOTES = 3
-FIGURES = ("present", "distance", "force", "update", "exposed_s", "hidden_s")
+FIGURES = (
+    "present",
+    "distance",
+    "force",
+    "update",
+    "exposed_s",
+    "hidden_s",
+    "wait_s",
+    "gate_s",
+    "staleness",
+    "drift",
+)
 
 
 def num_slots(num_replicas: int) -> int:
@@ -30,6 +43,8 @@ def num_slots(num_replicas: int) -> int:
 class Report:
     """What the coupling did in one exchange: n figures of each kind, one for each replica that was still training.
 
+    Over an asynchronous center the figures of the other replicas are the last that each has announced.
+
     Attributes:
         exchange: number of the exchange, counted from 1.
         at: what the caller of ``Coupling.step`` said of the moment: this process's count of training steps.
@@ -38,8 +53,14 @@ class Report:
         update: (n,) norm of the local update of the step that exchanged.
         exposed_s: (n,) seconds each replica has stood still for communication since the start.
         hidden_s: (n,) seconds of communication behind compute since the start.
+        wait_s: (n,) seconds of both spent waiting for a lock or a server.
+        gate_s: (n,) seconds spent at the gate since the start.
+        staleness: (n,) additions that the center saw between a delta's reading and its addition.
+        drift: (n,) distance that the center moved meanwhile.
         center_norm: ||c||.
         bytes_sent: bytes that this replica has sent since the start.
+        clock: additions that the center has seen.
+        additions_per_s: additions a second since this replica's report before.
     """
 
     exchange: int
@@ -49,8 +70,14 @@ class Report:
     update: Tensor
     exposed_s: Tensor
     hidden_s: Tensor
+    wait_s: Tensor
+    gate_s: Tensor
+    staleness: Tensor
+    drift: Tensor
     center_norm: float
     bytes_sent: int
+    clock: int
+    additions_per_s: float
 
 
 class Coupling:
@@ -68,16 +95,19 @@ class Coupling:
         ended: whether some replica has asked for it, as of the last completed exchange.
         report_every: make a report every so many exchanges; 0 for never.
         reports: the last complete reports, oldest first.
+        turnstile: what lets this replica exchange when its gate does; None where nobody waits.
     """
 
     def __init__(self, names: list[str], vector: ParameterVector, algorithm: Algorithm, center: OpenCenter) -> None:
         self.names, self.vector, self.algorithm, self.center = names, vector, algorithm, center
+        self.turnstile: Turnstile | None = None
         self.stop = self.end = self.ended = False
         self.report_every = 0
         self.reports: deque[Report] = deque(maxlen=256)
         self._at = 0
         self._measured: dict[str, float] | None = None  # this replica's figures, not yet announced
         self._announced: dict[str, float] | None = None  # those that are in the slots now
+        self._last_seen = (0, time.monotonic())  # the center's clock at this replica's last measurement, and when
         self._stash: list[Tensor] | None = None
         self._holds_center = False
         algorithm.start(vector, center)
@@ -101,12 +131,15 @@ class Coupling:
             at: what a report of this step is marked with.
         """
         self._at = at
+        is_due = self.algorithm.is_due
+        if self.turnstile is not None and is_due:
+            self.turnstile.enter()
         called = False
 
         def update() -> None:
             nonlocal called
             called = True
-            if observed.snapshot is not None and observed.measured is not None:
+            if observed.measured is not None:
                 before = self.vector.read()
                 local_update()
                 observed.measured["update"] = self.vector.distance(before)
@@ -117,15 +150,34 @@ class Coupling:
         try:
             self.algorithm.step(self.vector, observed, update)
         except NonFiniteDeltaError:
-            if recover is None or called or observed.snapshot is None:
+            if recover is None:
                 raise
-            self.vector.write_(observed.snapshot.value)
+            observed.measured = None
+            self.vector.write_(self.center.pull().value)
             self.center.abstain()
             recover()
-            local_update()
+            self.algorithm.start(self.vector, self.center)
+            if not called:
+                local_update()
             self.algorithm.clock += 1
         if observed.measured is not None:
-            self._measured = observed.measured
+            self._measured = {**observed.measured, **self._costs(at)}
+        if self.turnstile is not None and is_due:
+            self.turnstile.advance()
+
+    def _costs(self, at: int) -> dict[str, float]:
+        traffic, now = self.center.traffic, time.monotonic()
+        before, then = self._last_seen
+        self._last_seen = self.center.clock, now
+        return {
+            **vars(traffic),
+            "exchange": traffic.exchanges,
+            "at": at,
+            "present": 1.0,
+            "gate_s": 0.0 if self.turnstile is None else self.turnstile.waited_s,
+            "clock": self.center.clock,
+            "additions_per_s": max(0, self.center.clock - before) / max(now - then, 1e-9),
+        }
 
     def abstain(self) -> None:
         """Takes part in one exchange without adding anything, saying that this replica is done. Blocks for it."""
@@ -137,6 +189,22 @@ class Coupling:
     def drain(self, timeout: timedelta | None = None) -> None:
         """Completes an outstanding exchange. Blocks, but asks nothing of the others that they have not done already."""
         self.center.drain(timeout)
+        self._receive()
+
+    def refresh(self) -> None:
+        """Reads an asynchronous center anew. Blocks for it, not for peers."""
+        self.center.pull()
+        self._receive()
+
+    @property
+    def turn(self) -> int:
+        """Number of the next exchange. A synchronous center's clock counts it, since who abstains pushes less often."""
+        center = self.center
+        return center.clock // center.num_replicas if center.synchronous else center.traffic.exchanges
+
+    def _complete_last(self) -> None:
+        if self.center.synchronous:
+            self.center.drain()
         self._receive()
 
     @property
@@ -171,18 +239,16 @@ class Coupling:
             return
         figures = self.center.announced[_VOTES:].view(self.center.num_replicas, len(FIGURES))
         present = figures[:, 0] > 0
-        distance, force, update, exposed_s, hidden_s = figures[present, 1:].unbind(1)
+        own = {name: figures[present, i] for i, name in enumerate(FIGURES) if name != "present"}
         self.reports.append(
             Report(
                 exchange=int(announced["exchange"]),
                 at=int(announced["at"]),
-                distance=distance,
-                force=force,
-                update=update,
-                exposed_s=exposed_s,
-                hidden_s=hidden_s,
                 center_norm=announced["center_norm"],
                 bytes_sent=int(announced["bytes_sent"]),
+                clock=int(announced["clock"]),
+                additions_per_s=announced["additions_per_s"],
+                **own,
             )
         )
 
@@ -260,32 +326,64 @@ class _ObservedCenter:
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
         self.num_replicas = coupling.center.num_replicas
-        self.snapshot: Snapshot | None = None
         self.measured: dict[str, float] | None = None
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def _is_wanted(self) -> bool:
+        coupling = self._coupling
+        return coupling.report_every > 0 and coupling.turn % coupling.report_every == 0
 
     def pull(self) -> Snapshot:
-        self.snapshot = self._coupling.center.pull()
+        self._snapshot = self._coupling.center.pull()
         self._coupling._receive()
-        return self.snapshot
+        return self._snapshot
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
-        coupling, center = self._coupling, self._coupling.center
-        exchange = center.traffic.exchanges + 1
-        snapshot = self.snapshot
-        # By the center's clock, which all replicas share: one that abstained has pushed fewer times.
-        turn = 0 if snapshot is None else snapshot.clock // self.num_replicas
-        if snapshot is not None and coupling.report_every and turn % coupling.report_every == 0:
+        coupling, snapshot = self._coupling, self._snapshot
+        if self._is_wanted and snapshot is not None:
             self.measured = {
-                "exchange": exchange,
-                "at": coupling._at,
-                "present": 1.0,
                 "distance": coupling.vector.distance(snapshot.value),
                 "force": float(torch.linalg.vector_norm(delta)),
-                "update": 0.0,
-                "bytes_sent": center.traffic.bytes_sent,
-                "exposed_s": center.traffic.exposed_s,
-                "hidden_s": center.traffic.hidden_s,
                 "center_norm": float(torch.linalg.vector_norm(snapshot.value)),
             }
+        coupling.center.measures_drift = self.measured is not None
         coupling._announce(done=False)
-        center.push(delta, read_at=read_at)
+        coupling.center.push(delta, read_at=read_at)
+
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        coupling = self._coupling
+        coupling._complete_last()
+        if not self._is_wanted:
+            coupling.center.measures_drift = False
+            coupling._announce(done=False)
+            return coupling.center.exchange(x, delta, scale=scale)
+        squares = {"distance": 0.0, "force": 0.0, "center_norm": 0.0}
+
+        def measured(x: Tensor, center: Tensor) -> None:  # chunk by chunk, while both are in the cache
+            squares["center_norm"] += _square(center)
+            squares["distance"] += _square(x - center)
+            delta(x, center)
+            squares["force"] += scale**2 * _square(x)
+
+        coupling.center.measures_drift = True
+        coupling._announce(done=False)
+        pending = coupling.center.exchange(x, measured, scale=scale)
+        self.measured = {}
+        return _Measured(pending, squares, self.measured)
+
+
+class _Measured:
+    """An exchange whose figures are complete with it."""
+
+    def __init__(self, pending: Exchange, squares: dict[str, float], measured: dict[str, float]) -> None:
+        self._pending, self._squares, self._measured = pending, squares, measured
+
+    def wait(self) -> Tensor:
+        delta = self._pending.wait()
+        self._measured.update({name: square**0.5 for name, square in self._squares.items()})
+        return delta
+
+
+def _square(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2

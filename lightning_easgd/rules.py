@@ -14,7 +14,14 @@ __all__ = ["Addition", "CenterRule"]
 
 
 class CenterRule(ABC):
-    """What the center does with a delta. Picklable; its state travels in checkpoints."""
+    """What the center does with a delta. Picklable; its state travels in checkpoints.
+
+    Attributes:
+        num_vectors: how many vectors of the center's size the rule remembers (a momentum: 1). They begin as zeros and
+            live where the center does; the transport keeps them and hands them to ``apply_``.
+    """
+
+    num_vectors: int = 0
 
     @abstractmethod
     def weight(self, staleness: int) -> float:
@@ -25,11 +32,17 @@ class CenterRule(ABC):
         """
 
     @abstractmethod
-    def apply_(self, center: Tensor, delta: Tensor) -> None:
-        """Adds ``delta`` (already weighted) to ``center`` in place. Both are flat, of one dtype and device."""
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
+        """Adds ``delta`` (already weighted) to ``center`` in place, elementwise: a transport may call it by chunks.
+
+        Args:
+            center: (m,) the center or a chunk of it; modified.
+            delta: (m,) of the same dtype and device; not modified.
+            memory: ``num_vectors`` tensors like ``center``; modified.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the rule remembers between deltas; empty for a rule without memory."""
+        """Returns what the rule remembers between deltas besides its vectors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -45,8 +58,9 @@ class Addition(CenterRule):
         del staleness
         return 1.0
 
-    def apply_(self, center: Tensor, delta: Tensor) -> None:
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
         """Adds ``delta`` to ``center`` in place."""
+        del memory
         center.add_(delta)
 
     def __repr__(self) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms import Algorithm, Replica, Snapshot
+from lightning_easgd.algorithms import Algorithm, Exchange, Replica, Snapshot
+from lightning_easgd.communication import Completed
 from lightning_easgd.flatten import ParameterVector
 
 
@@ -84,6 +85,12 @@ class Handle:
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
         self._center._push(self._replica, delta, read_at)
+
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        snapshot = self.pull()
+        delta(x, snapshot.value)
+        self.push(x if scale == 1 else scale * x, read_at=snapshot.clock)
+        return Completed(x)
 
 
 def run_synchronous(

@@ -22,6 +22,7 @@ LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 ALLOWED = {
     "algorithms": ("torch", f"{PACKAGE}.algorithms"),
     "rules.py": ("torch",),
+    "gates.py": ("torch",),
     "flatten.py": ("torch",),
     "metrics.py": ("torch", "torchmetrics"),
     "communication": (
@@ -29,6 +30,7 @@ ALLOWED = {
         "typing_extensions",
         f"{PACKAGE}.algorithms._interfaces",
         f"{PACKAGE}.rules",
+        f"{PACKAGE}.gates",
         f"{PACKAGE}.communication",
     ),
 }

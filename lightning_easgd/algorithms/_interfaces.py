@@ -1,9 +1,9 @@
 """What an algorithm sees: one replica, one center, one local update.
 
-The center is a vector with a clock, and all that a replica may do is read it or add to it. An algorithm owns the
-*order* of four things - pull, local update, move the replica, push - and nothing else:
+The center is a vector with a clock, and all that a replica may do is read it, add to it, or both as one. An algorithm
+owns the *order* of these, of the local update and of the replica's own move, and nothing else:
 
-* EASGD:        pull, push the elastic force, local update, subtract the same force;
+* EASGD:        exchange (pull and push as one), local update, subtract the force that the center received;
 * DOWNPOUR:     push what was accumulated, pull, replace the replica, local update;
 * local SGD:    local update, push the distance to the center over the number of replicas, pull, replace.
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Algorithm", "Center", "Replica", "Snapshot"]
+__all__ = ["Algorithm", "Center", "Exchange", "Replica", "Snapshot"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Snapshot:
 
     value: Tensor
     clock: int
+
+
+class Exchange(Protocol):
+    """An exchange that may still be going on."""
+
+    def wait(self) -> Tensor:
+        """Returns the delta, (d,), in the caller's own tensor. Blocks until it is computed; call it once."""
+        ...
 
 
 class Center(Protocol):
@@ -49,6 +57,20 @@ class Center(Protocol):
         Args:
             delta: (d,) in the center's dtype and on its device. The caller's again on return.
             read_at: the clock of the snapshot that ``delta`` was computed from.
+        """
+        ...
+
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        """Reads the center and adds to it as one: ``x <- delta(x, c)``, ``c <- c + scale x``.
+
+        It may go on beside whatever the caller does until ``wait``; ``x`` is the center's until then. A center that
+        others move meanwhile does it chunk by chunk, each under a lock, so that ``delta`` must be elementwise.
+
+        Args:
+            x: (d,) in the center's dtype and on its device. Overwritten.
+            delta: called as ``delta(x_chunk, c_chunk)``, maybe in another thread, to overwrite its first argument;
+                the second is only lent.
+            scale: factor of what the center receives.
         """
         ...
 

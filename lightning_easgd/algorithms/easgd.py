@@ -27,20 +27,21 @@ has a constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.0
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
 
-__all__ = ["EASGD", "elastic_force", "stable_step_sizes"]
+__all__ = ["EASGD", "elastic_force_", "stable_step_sizes"]
 
 CENTER_RATE = 0.9  # beta; section 5 of arXiv:1412.6651
 
 
-def elastic_force(replica: Replica, center: Tensor, rate: float, *, out: Tensor | None = None) -> Tensor:
-    """Returns ``rate * (x - c)``, (d,), in ``out`` if given. Neither the replica nor ``center`` is modified."""
-    return replica.read(out).sub_(center).mul_(rate)
+def elastic_force_(x: Tensor, center: Tensor, rate: float) -> None:
+    """Replaces ``x`` by ``rate * (x - center)``; both (d,) or one chunk of it."""
+    x.sub_(center).mul_(rate)
 
 
 def stable_step_sizes(num_replicas: int, moving_rate: float, center_rate: float) -> tuple[float, float] | None:
@@ -163,17 +164,15 @@ class EASGD(Algorithm):
         exchange = self.is_due
         if exchange:
             alpha, beta = self.rates(center.num_replicas)
+            # alpha = beta / p unless both are given, but p alpha / p is not alpha in floating point: then, what is
+            # felt and what is received are one tensor.
             apart = self.moving_rate is not None and self.center_rate is not None
-            gain = beta / center.num_replicas if apart else alpha  # p alpha / p is not alpha in floating point
-            snapshot = center.pull()
-            force = self._force = elastic_force(replica, snapshot.value, alpha, out=self._force)
-            if not apart:
-                center.push(force, read_at=snapshot.clock)  # c <- c + alpha sum_i (x^i - c)
-            else:
-                center.push(elastic_force(replica, snapshot.value, gain), read_at=snapshot.clock)
-        local_update()  # x <- x - eta g(x), at the x before the elastic move
+            rate, gain, pull = (1.0, beta / center.num_replicas, alpha) if apart else (alpha, 1.0, 1.0)
+            x = self._force = replica.read(out=self._force)  # before anything moves
+            force = center.exchange(x, partial(elastic_force_, rate=rate), scale=gain)  # c <- c + alpha (x - c)
+        local_update()  # x <- x - eta g(x), at the x before the elastic move; the exchange goes on beside it
         if exchange:
-            replica.add_(force, alpha=-1.0)  # x <- x - alpha (x_t - c_t)
+            replica.add_(force.wait(), alpha=-pull)  # x <- x - alpha (x_t - c_t)
         self.clock += 1
 
     def hyperparameters(self, num_replicas: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Transports: how a replica reaches the center. They know process groups, not moving rates."""
 
 from lightning_easgd.communication._transport import (
+    Completed,
     NonFiniteDeltaError,
     OpenCenter,
     Traffic,
@@ -9,4 +10,4 @@ from lightning_easgd.communication._transport import (
 )
 from lightning_easgd.communication.all_reduce import AllReduce
 
-__all__ = ["AllReduce", "NonFiniteDeltaError", "OpenCenter", "Traffic", "Transport", "TransportError"]
+__all__ = ["AllReduce", "Completed", "NonFiniteDeltaError", "OpenCenter", "Traffic", "Transport", "TransportError"]

@@ -5,20 +5,21 @@ until it is closed. Process groups are its own, made over a store, never torch's
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_easgd.algorithms._interfaces import Snapshot
+from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Store
 from lightning_easgd.rules import CenterRule
 
-__all__ = ["NonFiniteDeltaError", "OpenCenter", "Traffic", "Transport", "TransportError"]
+__all__ = ["Completed", "NonFiniteDeltaError", "OpenCenter", "Traffic", "Transport", "TransportError"]
 
 
 class TransportError(RuntimeError):
@@ -34,31 +35,58 @@ class Traffic:
     """What one replica's exchanges have cost so far.
 
     Attributes:
-        exchanges: pushes of a delta; abstentions are not counted.
-        bytes_sent: bytes that left this replica for others, payload and slots, without the network's headers.
+        exchanges: deltas that this replica has added; abstentions are not counted.
+        bytes_sent: bytes that left this replica for others, payload and slots, without the network's headers. Zero
+            where the center is in the memory of this host.
         exposed_s: seconds that the replica stood still for communication.
         hidden_s: seconds of communication that went on while the replica computed.
+        wait_s: seconds spent waiting for a lock, or for a server to answer; part of the two above.
+        staleness: additions that the center saw between the last delta's reading and its addition.
+        drift: Euclidean distance that the center moved meanwhile; measured only on request.
     """
 
     exchanges: int = 0
     bytes_sent: int = 0
     exposed_s: float = 0.0
     hidden_s: float = 0.0
+    wait_s: float = 0.0
+    staleness: int = 0
+    drift: float = 0.0
+
+
+class Completed:
+    """An exchange that was over when it was asked for.
+
+    Args:
+        delta: (d,) what was added.
+    """
+
+    def __init__(self, delta: Tensor) -> None:
+        self._delta = delta
+
+    def wait(self) -> Tensor:
+        """Returns the delta at once."""
+        return self._delta
 
 
 class OpenCenter(ABC):
     """The center as one replica reaches it, from ``Transport.open`` to ``close``. Use from one thread.
 
     Besides the vector, an exchange carries a few *slots*: numbers that are summed over the replicas together with the
-    deltas, so that agreeing on something costs no message of its own.
+    deltas, so that agreeing on something costs no message of its own. A *synchronous* center sums what all announce in
+    the same exchange; an asynchronous one what each replica has announced last.
 
     Attributes:
+        synchronous: whether the replicas' n-th exchanges are one operation, for which all wait.
         replica: index of this replica, 0 <= replica < num_replicas.
         num_replicas: how many replicas share the center.
         announcement: (num_slots,) what this replica adds to the slots with each push or abstention; write to it.
-        announced: (num_slots,) on the CPU, the slots' sum in the last completed exchange; zeros before the first.
+        announced: (num_slots,) on the CPU, the slots' sum as of the last completed exchange; zeros before the first.
         traffic: what the exchanges have cost.
+        measures_drift: whether the next exchange measures ``traffic.drift``, which costs a pass; write to it.
     """
+
+    synchronous: ClassVar[bool]
 
     def __init__(self, *, replica: int, num_replicas: int, num_slots: int, dtype: torch.dtype) -> None:
         self.replica = replica
@@ -66,11 +94,21 @@ class OpenCenter(ABC):
         self.announcement = torch.zeros(num_slots, dtype=dtype)
         self.announced = torch.zeros(num_slots, dtype=dtype)
         self.traffic = Traffic()
+        self.measures_drift = False
 
     @property
     @abstractmethod
     def value(self) -> Tensor:
-        """(d,) the center after the last completed exchange, without waiting for an outstanding one. Not a copy."""
+        """(d,) the center as of the last completed pull, without waiting for an outstanding one. Not a copy.
+
+        A synchronous center's is after the last completed exchange. Where the center lives elsewhere this is the
+        replica's private copy.
+        """
+
+    @property
+    @abstractmethod
+    def clock(self) -> int:
+        """The additions that the center had seen in the last completed operation of this replica."""
 
     @abstractmethod
     def pull(self) -> Snapshot:
@@ -89,9 +127,20 @@ class OpenCenter(ABC):
             TransportError: an exchange that was outstanding could not be completed.
         """
 
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        """Pulls, computes and pushes. See ``Center.exchange``; raises like ``push``."""
+        snapshot = self.pull()
+        delta(x, snapshot.value)
+        self.push(x if scale == 1 else x * scale, read_at=snapshot.clock)
+        return Completed(x)
+
     @abstractmethod
     def abstain(self) -> None:
-        """Takes this replica's turn in an exchange without adding anything; the slots are sent as with ``push``."""
+        """Sends the slots as with ``push`` without adding anything; a synchronous center takes this replica's turn."""
+
+    @abstractmethod
+    def lost(self) -> list[int]:
+        """Returns the replicas that are known to have ended without ``close``. Costs little; never waits for a peer."""
 
     @abstractmethod
     def drain(self, timeout: timedelta | None = None) -> None:
@@ -107,7 +156,7 @@ class OpenCenter(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
-        """Restores the center's ``value`` (d,) and what ``state_dict`` returned. Every replica does so alike."""
+        """Restores the center's ``value`` (d,) and what ``state_dict`` returned. Collective: every replica does so."""
 
     @abstractmethod
     def close(self) -> None:
@@ -133,7 +182,13 @@ class OpenCenter(ABC):
 
 
 class Transport(ABC):
-    """How a replica reaches the center. Inert and picklable until ``open``."""
+    """How a replica reaches the center. Inert and picklable until ``open``.
+
+    Attributes:
+        synchronous: whether the centers that it opens are.
+    """
+
+    synchronous: ClassVar[bool]
 
     @abstractmethod
     def open(

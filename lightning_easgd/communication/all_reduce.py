@@ -25,8 +25,10 @@ class AllReduce(Transport):
 
     The replicas' n-th pushes and abstentions belong together. The sum is applied to the center as one delta and counts
     as ``num_replicas`` additions. All copies stay bit-identical, since a sum is computed once and then distributed.
-    Memory: the center, and a message of the same size.
+    Memory: the center, a message of the same size, and what the rule remembers.
     """
+
+    synchronous = True
 
     def open(
         self,
@@ -55,6 +57,8 @@ class AllReduce(Transport):
 
 
 class _ReplicatedCenter(OpenCenter):
+    synchronous = True
+
     def __init__(
         self,
         initial: Tensor,
@@ -70,6 +74,7 @@ class _ReplicatedCenter(OpenCenter):
         self._timeout = timeout
         self._clock = 0
         self._value = initial.clone()
+        self._memory = [torch.zeros_like(initial) for _ in range(rule.num_vectors)]
         self._message = initial.new_empty(initial.numel() + num_slots)  # the deltas' sum, then the slots'
         self._work: Work | None = None
         self._launched_at = 0.0
@@ -85,6 +90,10 @@ class _ReplicatedCenter(OpenCenter):
     @property
     def value(self) -> Tensor:
         return self._value
+
+    @property
+    def clock(self) -> int:
+        return self._clock
 
     def pull(self) -> Snapshot:
         self.drain()
@@ -141,17 +150,27 @@ class _ReplicatedCenter(OpenCenter):
         self.traffic.exposed_s += ended - began
         self.traffic.hidden_s += max(0.0, min(completed, began) - self._launched_at)
         size = self._value.numel()
-        self._rule.apply_(self._value, self._message[:size])
+        self._rule.apply_(self._value, self._message[:size], *self._memory)
         self.announced.copy_(self._message[size:])
         self._clock += self.num_replicas
 
+    def lost(self) -> list[int]:
+        return []  # the exchange that misses one raises
+
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self._clock, "rule": self._rule.state_dict(), "traffic": vars(self.traffic).copy()}
+        return {
+            "clock": self._clock,
+            "rule": self._rule.state_dict(),
+            "memory": [vector.clone() for vector in self._memory],
+            "traffic": vars(self.traffic).copy(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
         self._value.copy_(value)
         self._clock = int(state["clock"])
         self._rule.load_state_dict(state["rule"])
+        for vector, saved in zip(self._memory, state["memory"], strict=True):
+            vector.copy_(saved)
         self.traffic = Traffic(**state["traffic"])
 
     def close(self) -> None:
@@ -161,3 +180,4 @@ class _ReplicatedCenter(OpenCenter):
             group.abort()
         self._work = None
         self._value = self._message = self._value.new_empty(0)
+        self._memory = []

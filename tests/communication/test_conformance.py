@@ -100,7 +100,7 @@ class Halving(CenterRule):
         assert staleness == 0
         return 0.5
 
-    def apply_(self, center: torch.Tensor, delta: torch.Tensor) -> None:
+    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor) -> None:
         center.add_(delta)
 
 
