@@ -53,6 +53,10 @@ class CenterBuffers:
                 center[i] = torch.where(part.view_as(center[i]) == 0, center[i], moved.to(center[i].dtype))
         self._center = center
 
+    def forget(self) -> None:
+        """Makes the replica's own buffers serve as the center's until the next ``gather``."""
+        self._center = None
+
     @torch.no_grad()
     def swap_in(self) -> None:
         """Puts the buffers that ``gather`` found into the module; without them it stays as it is."""

@@ -224,7 +224,8 @@ class Coupling:
         self.center.announcement[STOP] = float(self.stop)
         self.center.announcement[DONE] = float(done)
         self.center.announcement[END] = float(self.end)
-        self.center.announcement[_VOTES:].zero_()
+        if self.center.synchronous:  # elsewhere the last figures stand until there are newer ones
+            self.center.announcement[_VOTES:].zero_()
         measured, self._measured = self._measured, None
         self._announced = measured
         if measured is not None:

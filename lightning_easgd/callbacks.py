@@ -40,6 +40,16 @@ class ElasticMonitor(_Callback):
     ``easgd/hidden_s``                   seconds of communication behind compute so far, mean
     ==================================== ==========================================================================
 
+    Over an asynchronous transport, where the other replicas' figures are the last that each has announced, also:
+
+    ==================================== ==========================================================================
+    ``easgd/staleness``                  additions of others between the reading and the addition of a delta, mean
+    ``easgd/drift``                      distance that the center moved meanwhile, mean
+    ``easgd/additions_per_s``            additions to the center a second, of all replicas
+    ``easgd/wait_s``                     seconds a replica waited for locks or a server so far, mean
+    ``easgd/gate_s``                     seconds a replica waited at the gate (``slack``) so far, mean
+    ==================================== ==========================================================================
+
     A module with several optimizers gets ``easgd/0/...``, ``easgd/1/...``. At the start of ``fit`` the strategy's
     hyper-parameters go to every logger's ``log_hyperparams`` (with W&B: into the run's config).
 
@@ -99,7 +109,10 @@ class ElasticMonitor(_Callback):
                 if report.exchange <= self._logged.get(index, 0):
                     continue
                 self._logged[index] = report.exchange
-                metrics = {f"{prefix}/{key}": value for key, value in _figures(report).items()}
+                figures = _figures(report)
+                if not coupling.center.synchronous:
+                    figures |= _asynchronous_figures(report)
+                metrics = {f"{prefix}/{key}": value for key, value in figures.items()}
                 for logger in trainer.loggers:
                     logger.log_metrics(metrics, step=report.at)
                 trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
@@ -119,3 +132,14 @@ def _figures(report: Report) -> dict[str, float]:
     figures["exposed_s"] = float(mean(report.exposed_s))
     figures["hidden_s"] = float(mean(report.hidden_s))
     return figures
+
+
+def _asynchronous_figures(report: Report) -> dict[str, float]:
+    """Returns what only a center that replicas reach at their own times has."""
+    return {
+        "staleness": float(report.staleness.mean()),
+        "drift": float(report.drift.mean()),
+        "additions_per_s": report.additions_per_s,
+        "wait_s": float(report.wait_s.mean()),
+        "gate_s": float(report.gate_s.mean()),
+    }

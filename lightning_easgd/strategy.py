@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,12 +25,22 @@ from typing_extensions import override
 
 from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, num_slots
+from lightning_easgd._free_running import (
+    END_OF_EPOCH,
+    END_OF_TRAINING,
+    EVALUATION,
+    STOP,
+    FreeRunning,
+    StoppedByAnother,
+)
 from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
+from lightning_easgd.communication._turnstile import Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
+from lightning_easgd.gates import StaleSynchronous
 from lightning_easgd.rules import Addition
 from lightning_easgd.sampling import set_epoch
 
@@ -63,9 +73,11 @@ class ElasticStrategy(_DDPStrategy):
     As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument.
     """
 
-    # Set by the binding: the namespace, and how a user of the other one imports the class that fits; the monitor.
+    # Set by the binding: the namespace, and how a user of the other one imports the class that fits; the monitor; what
+    # Lightning raises after a signal.
     _bound_to: str
     _monitor_type: type[Any]
+    _sigterm_exception: type[BaseException]
 
     def __init__(
         self,
@@ -75,6 +87,8 @@ class ElasticStrategy(_DDPStrategy):
         evaluate: Literal["center", "replica"] = "center",
         on_nonfinite: Literal["raise", "reset"] = "raise",
         center_buffers: Literal["mean"] | int = "mean",
+        slack: int | None = None,
+        data: Literal["shard", "dynamic"] = "shard",
         resume: Literal["replicas", "center"] = "replicas",
         resume_optimizer: Literal["fresh", "copy"] = "fresh",
         accelerator: "Accelerator | None" = None,
@@ -99,6 +113,11 @@ class ElasticStrategy(_DDPStrategy):
                 the center's weights, over so many training batches of each replica (>= 1). The latter makes that many
                 forward passes for each evaluation and checkpoint, calling the module on the batch, or on its first
                 element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
+            slack: over an asynchronous transport, how many exchanges (>= 0) a replica may be ahead of the slowest
+                before it waits (stale synchronous parallel; 0 is lock-step). None: nobody ever waits.
+            data: who trains on what: ``"shard"``, each replica on its part of every epoch (Lightning's own sampler);
+                ``"dynamic"``, replicas draw batches from one shared epoch, so that a faster one does more and all end
+                it together. Validation and test data are always sharded.
             resume: what ``fit(ckpt_path=...)`` starts from: every replica's own state, exactly as it was, or the center
                 alone. Where the checkpoint has another number of replicas it is always the center.
             resume_optimizer: the optimizers' state of replicas that start from the center of such a checkpoint: none,
@@ -121,6 +140,7 @@ class ElasticStrategy(_DDPStrategy):
         for name, choice, choices in (
             ("evaluate", evaluate, ("center", "replica")),
             ("on_nonfinite", on_nonfinite, ("raise", "reset")),
+            ("data", data, ("shard", "dynamic")),
             ("resume", resume, ("replicas", "center")),
             ("resume_optimizer", resume_optimizer, ("fresh", "copy")),
         ):
@@ -133,6 +153,13 @@ class ElasticStrategy(_DDPStrategy):
             )
         self.algorithm = EASGD() if algorithm is None else algorithm
         self.transport = AllReduce() if transport is None else transport
+        self.gate = None if slack is None else StaleSynchronous(slack)
+        if self.gate is not None and self.transport.synchronous:
+            raise ValueError(
+                f"EASGDStrategy(slack={slack}): over {self.transport!r} all replicas exchange at once; a slack needs "
+                "an asynchronous transport, such as Asynchronous()"
+            )
+        self.data = data
         self.evaluate = evaluate
         self.on_nonfinite = on_nonfinite
         self.center_buffers = center_buffers
@@ -145,6 +172,8 @@ class ElasticStrategy(_DDPStrategy):
         self._holds_center = False
         self._center_is_new = False
         self._rendezvous: Rendezvous | None = None
+        self._free_running: FreeRunning | None = None  # over an asynchronous transport
+        self._paths_of_0: dict[str, str] = {}  # a checkpoint's path here -> in replica 0, whose steps are others
         self._cleanup = ExitStack()
         self._trainer: Trainer | None = None
         self._stop_seen_at: float | None = None
@@ -272,6 +301,7 @@ class ElasticStrategy(_DDPStrategy):
             rank=self.global_rank,
             world_size=self.num_replicas,
             timeout=self._wait,
+            poll=timedelta(seconds=1 if self.transport.synchronous else 0.2),
         )
         if self.is_global_zero:
             rendezvous = connect(None)
@@ -320,8 +350,25 @@ class ElasticStrategy(_DDPStrategy):
             center = self._open_center(f"coupling/{index}", vector.read())
             coupling = Coupling(list(parameters), vector, copy.deepcopy(self.algorithm), center)
             coupling.report_every = self._report_every
+            if self.gate is not None:
+                coupling.turnstile = Turnstile(
+                    self.gate,
+                    PrefixStore(f"gate/{index}", self._rendezvous.store),
+                    replica=self.replica,
+                    num_replicas=self.num_replicas,
+                    timeout=self._wait,
+                    check=self._rendezvous.raise_if_failed,
+                )
             self.couplings.append(coupling)
             self._by_optimizer[id(self.optimizers[index])] = coupling
+        if not self.transport.synchronous and self.num_replicas > 1:
+            self._free_running = FreeRunning(
+                self.couplings,
+                self._rendezvous,
+                replica=self.replica,
+                num_replicas=self.num_replicas,
+                timeout=self._wait,
+            )
 
     def _open_center(self, name: str, initial: Tensor) -> OpenCenter:
         assert self._rendezvous is not None
@@ -348,7 +395,7 @@ class ElasticStrategy(_DDPStrategy):
             coupling = self.couplings[index]
             if list(parameters) == coupling.names:
                 continue
-            self._meet()
+            self._meet("the start of an epoch")
             center = dict(zip(coupling.names, coupling.vector.views(coupling.center.value), strict=True))
             for name, parameter in zip(coupling.names, coupling.vector.parameters, strict=True):
                 if name not in parameters:
@@ -427,8 +474,11 @@ class ElasticStrategy(_DDPStrategy):
             recover=partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None,
             at=self._trainer.fit_loop.epoch_loop._batches_that_stepped,  # the step of Lightning's own log entries
         )
+        self._rendezvous_progress()
         if coupling.ended:
             self._trainer.should_stop = True
+        if self._is_free:
+            self._share_end()
         if coupling.stop_votes or self._stop_seen_at is not None or self._rendezvous_has_news:
             self._attend_to_stop(coupling)
         return output
@@ -455,15 +505,43 @@ class ElasticStrategy(_DDPStrategy):
             for each in self.couplings:
                 each.stop = True
         # A vote that all have read stops all at the same exchange. Where none comes for long, meeting does it.
-        if coupling.stop_votes or time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S:
-            self._meet()
+        waited = time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S
+        if coupling.stop_votes or waited or self._free_running is not None:
+            self._meet(STOP)
+            if self._free_running is not None:
+                self._free_running.is_free = False
             self._stopped_together = True
             self._set_received_sigterm()
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether this replica is where nothing may wait for another."""
+        return self._free_running is not None and self._free_running.is_free
+
+    def _rendezvous_progress(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.progress += 1
+
+    @property
+    def _is_ending(self) -> bool:
+        assert self._trainer is not None
+        assert self._rendezvous is not None
+        return bool(self._trainer.should_stop) or self._rendezvous.end_requested
+
+    def _share_end(self) -> None:
+        """Tells the others that this replica is to end training, and hears it from them."""
+        assert self._trainer is not None
+        assert self._rendezvous is not None
+        if self._is_ending:
+            self._rendezvous.request_end()
+            self._trainer.should_stop = True
 
     def _check_time(self, timer: Any, *_: Any) -> None:
         """Rank 0 decides; the others learn of it in its next exchange, at the latest when they meet."""
         if self.is_global_zero and timer._interval == "step" and timer._duration is not None:
             over = timer.time_elapsed() >= timer._duration
+            if over and self._free_running is not None and self._rendezvous is not None:
+                self._rendezvous.request_end()
             for coupling in self.couplings:
                 coupling.end = coupling.end or over
 
@@ -498,16 +576,33 @@ class ElasticStrategy(_DDPStrategy):
 
     # --- meeting points ---------------------------------------------------------------------------------------------
 
-    def _meet(self, *, for_center: bool = False) -> None:
+    def _meet(self, reason: str, *, for_center: bool = False) -> bool:
         """Waits for all replicas, and completes what is outstanding. Collective and blocking.
 
         A replica that is here while others still train takes its turn in their exchanges without adding anything;
-        the exchange in which all say that they are here is the last. All centers are then equal and at rest.
+        the exchange in which all say that they are here is the last. All centers are then equal and at rest. Over an
+        asynchronous center the replicas meet at the rendezvous, and read the same center.
 
         Args:
+            reason: what comes next; see ``FreeRunning.meet``.
             for_center: whether the center's buffers are wanted too.
+
+        Returns:
+            Whether all met for this reason; a synchronous center's replicas take that for granted.
         """
-        if len(self.couplings) == 1:
+        if self._free_running is not None:
+            try:
+                together = self._free_running.meet(reason, ending=self._is_ending)
+            except StoppedByAnother:
+                self._free_running.is_free = False
+                self._stopped_together = True
+                self._set_received_sigterm()
+                raise self._sigterm_exception() from None
+            if self._free_running.ending and self._trainer is not None:
+                self._trainer.should_stop = True
+            if not together:
+                return False
+        elif len(self.couplings) == 1:
             self._settle(self.couplings[0])
         elif self.couplings:  # another replica may need an answer from any of them first
             with ThreadPoolExecutor(len(self.couplings)) as pool:
@@ -517,6 +612,7 @@ class ElasticStrategy(_DDPStrategy):
         if for_center and self._buffers is not None:
             self._buffers.gather()
             self._center_is_new = True
+        return True
 
     @staticmethod
     def _settle(coupling: Coupling) -> None:
@@ -525,16 +621,33 @@ class ElasticStrategy(_DDPStrategy):
             coupling.abstain()
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
-        self._meet(for_center=self.evaluate == "center")
-        with self._holding(self.evaluate):
-            return run()
+        with self._at_meeting():
+            if not self._meet(EVALUATION, for_center=self.evaluate == "center"):
+                log.warning("replica %d leaves an evaluation out: others have ended their epoch already", self.replica)
+                return []
+            with self._holding(self.evaluate):
+                return run()
+
+    def _at_meeting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._free_running is None else self._free_running.at_meeting()
 
     def _end_epoch(self, on_advance_end: Callable[[], None]) -> None:
-        self._meet()
+        if self._free_running is None:
+            self._meet(END_OF_EPOCH)
+            on_advance_end()
+            return
+        assert self._trainer is not None
+        assert self._rendezvous is not None
+        self._free_running.is_free = False
+        if self.data == "dynamic" and 0 <= self._trainer.max_steps <= self._trainer.global_step:
+            self._rendezvous.request_end()  # whoever takes from what is left would do the others' share too
+        if not self._meet(END_OF_EPOCH):
+            log.warning("replica %d goes on while others have ended training", self.replica)
+            self._free_running.is_free = True
         on_advance_end()
 
     def _end_training(self, on_run_end: Callable[[], None]) -> None:
-        self._meet(for_center=True)
+        self._meet(END_OF_TRAINING, for_center=True)
         assert self._rendezvous is not None
         self._rendezvous.retire()  # from here on a peer may end before this process does
         self._hold("center")
@@ -547,8 +660,9 @@ class ElasticStrategy(_DDPStrategy):
         """Puts the center's or this replica's weights and buffers into the module, and then what was there.
 
         Collective while fitting: all ranks must enter it at the same point of the loop. Blocks for an outstanding
-        exchange. Outside of ``fit`` the module is the only copy and stays as it is. After training has ended, in
-        ``on_train_end``, the module holds the center and this gives the replica once more.
+        exchange. Inside an epoch over an asynchronous transport it is each rank's own: the center as it is at the
+        moment, with the replica's own buffers. Outside of ``fit`` the module is the only copy and stays as it is. After
+        training has ended, in ``on_train_end``, the module holds the center and this gives the replica once more.
 
         Raises:
             ValueError: ``whose`` is neither.
@@ -556,9 +670,16 @@ class ElasticStrategy(_DDPStrategy):
         if whose not in ("center", "replica"):
             raise ValueError(f"weights_of({whose!r}): must be 'center' or 'replica'")
         if whose == "center" and not self._holds_center:
-            self._meet(for_center=True)
+            self._obtain_center("weights_of('center')")
         with self._holding(whose):
             yield
+
+    def _obtain_center(self, reason: str) -> None:
+        if self._is_free:
+            for coupling in self.couplings:
+                coupling.refresh()
+        else:
+            self._meet(reason, for_center=True)
 
     @contextmanager
     def _holding(self, whose: str) -> Iterator[None]:
@@ -600,14 +721,17 @@ class ElasticStrategy(_DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns the center's state dict: a copy on global rank zero, which writes it. Collective while fitting."""
-        if self._holds_center or self._buffers is None:
+        """Returns the center's state dict: a copy on global rank zero, which writes it.
+
+        Collective while fitting, except inside an epoch over an asynchronous transport.
+        """
+        if self._holds_center or self._buffers is None or (self._is_free and not self.is_global_zero):
             state: dict[str, Any] = super().lightning_module_state_dict()
             return state
         if self._interrupted:
             self._last_drain()
         else:
-            self._meet(for_center=True)
+            self._obtain_center("a checkpoint")
         with self._holding("center"):
             state = super().lightning_module_state_dict()
             if not self.is_global_zero:
@@ -616,7 +740,15 @@ class ElasticStrategy(_DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes the replica's file, then, on global rank zero, the checkpoint. Collective while fitting."""
+        """Writes the replica's file, then, on global rank zero, the checkpoint. Collective while fitting.
+
+        Inside an epoch over an asynchronous transport replica 0 alone writes the center, whatever the others do.
+        """
+        if self._is_free:
+            if self.is_global_zero:
+                checkpoint[KEY] = {"save": None, "num_replicas": self.num_replicas}
+                super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
         exact = bool(self.couplings) and "optimizer_states" in checkpoint and not self._interrupted
         if exact and "://" in str(filepath):
             rank_zero_warn(f"no replicas' files beside {filepath!r}: a run resumed from it starts from the center")
@@ -624,20 +756,24 @@ class ElasticStrategy(_DDPStrategy):
         if not exact:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
-        save = self.broadcast(uuid.uuid4().hex[:8])
-        ReplicaFile(filepath, save, self.replica).write(checkpoint, self._own_state(), self.num_replicas)
+        save, path = self.broadcast((uuid.uuid4().hex[:8], str(filepath)))
+        self._paths_of_0[str(filepath)] = path
+        ReplicaFile(path, save, self.replica).write(checkpoint, self._own_state(), self.num_replicas)
         self.barrier()  # the checkpoint refers to all files
         checkpoint[KEY] = {"save": save, "num_replicas": self.num_replicas}
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         if type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":  # which has not written yet
             self.barrier()
-            ReplicaFile.remove(filepath, replica=self.replica, but=save)
+            ReplicaFile.remove(path, replica=self.replica, but=save)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
+        if self._is_free and not self.is_global_zero:
+            return  # nor has it saved any
         super().remove_checkpoint(filepath)
         if "://" not in str(filepath):
-            ReplicaFile.remove(filepath, replica=None if self.is_global_zero else self.replica)
+            path = self._paths_of_0.pop(str(filepath), filepath)
+            ReplicaFile.remove(path, replica=None if self.is_global_zero else self.replica)
 
     def _own_state(self) -> dict[str, Any]:
         assert self._buffers is not None
@@ -662,10 +798,12 @@ class ElasticStrategy(_DDPStrategy):
         if self._module.trainer.state.fn != "fit":
             return checkpoint
         saved = checkpoint.get(KEY)
-        if saved is None or self.resume == "center" or saved["num_replicas"] != self.num_replicas:
+        no_files = saved is None or saved["save"] is None
+        if saved is None or no_files or self.resume == "center" or saved["num_replicas"] != self.num_replicas:
             # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
             self._fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
-            why = "it has no replicas' files" if saved is None else f"it has {saved['num_replicas']} replicas"
+            others = 0 if saved is None else saved["num_replicas"]
+            why = "it has no replicas' files" if no_files else f"it has {others} replicas"
             rank_zero_warn(
                 f"EASGDStrategy resumes {self.num_replicas} replicas from the center of {str(checkpoint_path)!r} "
                 f"({why if self.resume == 'replicas' else 'as asked'}), each with "
@@ -733,10 +871,13 @@ class ElasticStrategy(_DDPStrategy):
                 set_rng_state(self._resumed["rng"])
             self._epoch_rng = rng_state()
             on_run_start(data_fetcher)
-            return
-        on_run_start(data_fetcher)
-        if self._resumed is not None:
-            set_rng_state(self._rng_to_go_on_with)
+        else:
+            on_run_start(data_fetcher)
+            if self._resumed is not None:
+                set_rng_state(self._rng_to_go_on_with)
+        if self._free_running is not None and self._buffers is not None:
+            self._buffers.forget()  # inside the epoch nobody gathers them
+            self._free_running.is_free = True
 
     def _last_drain(self) -> None:
         for coupling in self.couplings:
@@ -752,20 +893,36 @@ class ElasticStrategy(_DDPStrategy):
 
     # --- what Lightning asks of all ranks ---------------------------------------------------------------------------
 
-    # A process that failed is alone: ModelCheckpoint(save_on_exception=True) broadcasts and ends in a barrier.
+    # A process that failed is alone: ModelCheckpoint(save_on_exception=True) broadcasts and ends in a barrier. Inside
+    # an epoch over an asynchronous center every replica answers for itself; replica 0's answers are saved and logged.
+
+    @property
+    def _is_alone(self) -> bool:
+        return self._interrupted or self._is_free
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._interrupted:
+        if not self._is_alone:
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self._interrupted else super().broadcast(obj, src)
+        return obj if self._is_alone else super().broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor if self._interrupted else super().reduce(tensor, group, reduce_op)
+        return tensor if self._is_alone else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._is_alone else super().reduce_boolean_decision(decision, all)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._is_alone:
+            return tensor.unsqueeze(0).expand(self.num_replicas, *tensor.shape)
+        gathered: Tensor = super().all_gather(tensor, group, sync_grads)
+        return gathered
 
     # --- end --------------------------------------------------------------------------------------------------------
 
@@ -787,7 +944,8 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers = self._group = None
             self._holds_center = False
             self._by_optimizer.clear()
-            self._rendezvous = None
+            self._rendezvous = self._free_running = None
+            self._paths_of_0.clear()
             self._stop_seen_at = None
             self._stopped_together = False
             self._resumed = self._epoch_rng = None
@@ -811,26 +969,28 @@ class ElasticStrategy(_DDPStrategy):
             "strategy": type(self).__name__,
             "transport": type(self.transport).__name__,
             "num_replicas": self.num_replicas,
+            "data": self.data,
+            **({} if self.gate is None else {"slack": self.gate.slack}),
             **self.algorithm.hyperparameters(self.num_replicas),
         }
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``easgd`` and, as for DDP's names, its forms by start method."""
-        for name, start_method in (
-            ("easgd", "popen"),
-            ("easgd_spawn", "spawn"),
-            ("easgd_fork", "fork"),
-            ("easgd_notebook", "fork"),
-        ):
-            strategy_registry.register(
-                name,
-                cls,
-                description=f"Synchronous elastic averaging SGD with start_method {start_method!r}",
-                override=True,
-                start_method=start_method,
-            )
+        """Registers each name and, as for DDP's names, its forms by start method."""
+        presets: dict[str, tuple[str, dict[str, Any]]] = {
+            "easgd": ("Synchronous elastic averaging SGD", {}),
+        }
+        for name, (description, arguments) in presets.items():
+            for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+                strategy_registry.register(
+                    f"{name}{suffix}",
+                    cls,
+                    description=f"{description} with start_method {start_method!r}",
+                    override=True,
+                    start_method=start_method,
+                    **arguments,
+                )
 
 
 def _difference(replica: int, first: list[Any], other: list[Any]) -> str:

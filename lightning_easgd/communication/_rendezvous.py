@@ -1,8 +1,8 @@
 """Where the processes of a job find each other, and learn that one of them failed or wants to stop.
 
 Training steps between two exchanges make no network call, so a process would learn of a peer's end only by its next
-exchange. A thread of its own therefore looks into a store about once a second. What it finds it leaves in two plain
-attributes, ``failure`` and ``stop_requested``, which cost the training loop nothing to read.
+exchange. A thread of its own therefore looks into a store about once a second. What it finds it leaves in plain
+attributes, ``failure``, ``stop_requested`` and ``end_requested``, which cost the training loop nothing to read.
 """
 
 import faulthandler
@@ -19,7 +19,7 @@ __all__ = ["Rendezvous"]
 
 log = logging.getLogger(__name__)
 
-_FAILURE, _STOP = "failure", "stop"
+_FAILURE, _STOP, _END = "failure", "stop", "end"
 _FAREWELL = timedelta(seconds=2)
 # A watcher counts about once a second, whatever its main thread does, unless something holds Python's lock.
 _SILENCE_S = 30.0
@@ -27,6 +27,10 @@ _SILENCE_S = 30.0
 
 def _beat(rank: int) -> str:
     return f"beat/{rank}"
+
+
+def _progress(rank: int) -> str:
+    return f"progress/{rank}"
 
 
 def _seen(rank: int) -> str:
@@ -48,7 +52,9 @@ class Rendezvous:
     Attributes:
         store: for others to use under a prefix, from the main thread.
         failure: what ended a peer, once known.
-        stop_requested: whether some process asked all to stop.
+        stop_requested: whether some process asked all to stop at once.
+        end_requested: whether some process asked all to end training in good order.
+        progress: anything that grows while this process does; the others see it by ``progress_of_all``.
     """
 
     def __init__(
@@ -64,7 +70,9 @@ class Rendezvous:
     ) -> None:
         self.rank, self._world_size = rank, world_size
         self.failure: str | None = None
-        self.stop_requested = False
+        self.stop_requested = self.end_requested = False
+        self.progress = 0
+        self._told_progress = -1
         self._host, self._timeout, self._poll, self._grace = host, timeout, poll, grace
         self.store = TCPStore(
             host, port or 0, is_master=port is None, timeout=timeout, wait_for_workers=False, use_libuv=True
@@ -100,6 +108,16 @@ class Rendezvous:
     def request_stop(self) -> None:
         """Asks all processes to stop. Safe in a signal handler: the watcher tells the others, within ``poll``."""
         self.stop_requested = True
+
+    def request_end(self) -> None:
+        """Asks all processes to end training in good order. The watcher tells the others, within ``poll``."""
+        self.end_requested = True
+
+    def progress_of_all(self) -> list[int]:
+        """Returns how far every process was when its watcher last looked. One request; blocks for nobody."""
+        keys = [_progress(rank) for rank in range(self._world_size)]
+        known = [key for key in keys if self.store.check([key])]
+        return [int(value) for value in self.store.multi_get(known)] if known else []
 
     def raise_if_failed(self) -> None:
         """Raises ``RuntimeError`` with a peer's error if one failed. Local; costs an attribute."""
@@ -139,6 +157,13 @@ class Rendezvous:
                     self.stop_requested = True
                 elif self.stop_requested:
                     store.set(_STOP, str(self.rank))
+                if store.check([_END]):
+                    self.end_requested = True
+                elif self.end_requested:
+                    store.set(_END, str(self.rank))
+                if self.progress != self._told_progress:
+                    self._told_progress = self.progress
+                    store.set(_progress(self.rank), str(self._told_progress))
                 if store.check([_FAILURE]):
                     failure = store.get(_FAILURE).decode()
                     store.set(_seen(self.rank), "1")

@@ -1,0 +1,74 @@
+"""Points at which replicas wait for each other although they reach them by different numbers of steps."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from lightning_easgd.communication._c10d import Store
+from lightning_easgd.communication._transport import TransportError
+
+__all__ = ["Meetings"]
+
+_LOOK = timedelta(seconds=1)
+
+
+class Meetings:
+    """A series of meetings over a store, each attended by every replica with a reason of its own.
+
+    Args:
+        store: used with the caller's prefix, by this series alone.
+        replica: index of the caller.
+        num_replicas: how many meet.
+        timeout: how long to wait while nothing moves anywhere.
+        progress: returns what changes as long as a replica that is still on its way moves.
+        check: called while waiting; raises if waiting has become pointless.
+
+    Attributes:
+        number: how many meetings this replica has come to.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        replica: int,
+        num_replicas: int,
+        timeout: timedelta,
+        progress: Callable[[], object],
+        check: Callable[[], None],
+    ) -> None:
+        self._store, self._replica, self._num_replicas = store, replica, num_replicas
+        self._timeout, self._progress, self._check = timeout, progress, check
+        self.number = 0
+
+    def meet(self, reason: str) -> list[str]:
+        """Waits for all replicas and returns their reasons, in the replicas' order. Collective and blocking.
+
+        A replica that is slow but moves is waited for as long as it takes.
+
+        Raises:
+            TransportError: for the whole timeout nobody came and nobody moved; names who is missing, and where.
+        """
+        self.number += 1
+        keys = [f"{self.number}/{replica}" for replica in range(self._num_replicas)]
+        self._store.set(keys[self._replica], reason)
+        seen: object = None
+        moved = time.monotonic()
+        while True:
+            try:
+                self._store.wait(keys, _LOOK)
+            except RuntimeError as error:
+                self._check()
+                missing = [replica for replica, key in enumerate(keys) if not self._store.check([key])]
+                now = missing, self._progress()
+                if now != seen:
+                    seen, moved = now, time.monotonic()
+                elif missing and time.monotonic() - moved > self._timeout.total_seconds():
+                    raise TransportError(
+                        f"replica {self._replica} waits at {reason!r} for the replicas {missing}, which have not moved "
+                        f"for {self._timeout.total_seconds():.0f} s"
+                    ) from error
+                continue
+            if self.number > 1:  # all have left the meeting before, or they would not be here
+                self._store.delete_key(f"{self.number - 1}/{self._replica}")
+            return [value.decode() for value in self._store.multi_get(keys)]
