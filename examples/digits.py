@@ -1,6 +1,7 @@
 """Elastic averaging on scikit-learn's handwritten digits: two replicas on the CPU, nothing to download.
 
     python examples/digits.py                      # EASGD, then the same budget under DDP
+    python examples/digits.py --strategy easgd_async
     python examples/digits.py --devices 1 --no-baseline --wandb off
 
 Prints the test accuracy of the center, of each replica and of DDP; writes the figures of the run, a plot of them and
@@ -30,7 +31,6 @@ from lightning_easgd import EASGD, EASGDStrategy
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-EASGD_NAMES = ("easgd", "easgd_spawn", "easgd_fork")
 
 
 class DigitClassifier(LightningModule):
@@ -179,7 +179,7 @@ def main() -> None:
         help="train once more under ddp: same initial weights, epochs, batches, learning rate",
     )
     args = parser.parse_args()
-    elastic = args.strategy in EASGD_NAMES
+    elastic = args.strategy.startswith("easgd")
     if args.period is not None and args.strategy != "easgd":
         parser.error("--period goes with --strategy easgd")
     strategy = args.strategy if args.period is None else EASGDStrategy(EASGD(period=args.period))
@@ -203,7 +203,7 @@ def main() -> None:
             accuracies[key.removeprefix("test/")] = value.item()
     trainer.save_checkpoint(args.out / "digits.ckpt")
     if elastic and args.baseline:
-        ddp = args.strategy.replace("easgd", "ddp")
+        ddp = args.strategy.replace("_async", "").replace("easgd", "ddp")
         _, module = train(args, ddp, data, [], [])
         accuracies[ddp] = accuracy_of(module, data[1])
     report(args, trainer, accuracies, elastic)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from lightning_easgd.__about__ import __version__
 from lightning_easgd._lightning import bind, installed
 from lightning_easgd.algorithms import EASGD, Algorithm
-from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, Transport, TransportError
+from lightning_easgd.communication import (
+    AllReduce,
+    Asynchronous,
+    NonFiniteDeltaError,
+    ParameterServer,
+    SharedMemory,
+    Transport,
+    TransportError,
+)
 from lightning_easgd.metrics import ConsensusDistance
 
 if TYPE_CHECKING:
@@ -26,10 +34,13 @@ __all__ = [
     "EASGD",
     "Algorithm",
     "AllReduce",
+    "Asynchronous",
     "ConsensusDistance",
     "EASGDStrategy",
     "ElasticMonitor",
     "NonFiniteDeltaError",
+    "ParameterServer",
+    "SharedMemory",
     "Transport",
     "TransportError",
     "__version__",

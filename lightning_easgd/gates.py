@@ -8,7 +8,7 @@ A gate is the condition alone, on clocks; what waits until it holds is a transpo
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-__all__ = ["Gate", "StaleSynchronous"]
+__all__ = ["Gate", "RoundRobin", "StaleSynchronous"]
 
 
 class Gate(ABC):
@@ -54,3 +54,20 @@ class StaleSynchronous(Gate):
     def __repr__(self) -> str:
         """Returns the constructor call."""
         return f"StaleSynchronous(slack={self.slack})"
+
+
+class RoundRobin(Gate):
+    """One at a time, in the order of the replicas' indices: replica 0, 1, ..., p - 1, 0, ...
+
+    The order in which the EASGD paper compares itself with ADMM (arXiv:1412.6651, section 4). A replica that is away is
+    passed over.
+    """
+
+    def admits(self, replica: int, clocks: Sequence[float]) -> bool:
+        """Returns whether all before it have done one exchange more than it has, and all behind it as many."""
+        own = clocks[replica]
+        return all(clock > own for clock in clocks[:replica]) and all(clock >= own for clock in clocks[replica + 1 :])
+
+    def __repr__(self) -> str:
+        """Returns the constructor call."""
+        return "RoundRobin()"

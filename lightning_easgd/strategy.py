@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from typing_extensions import override
 
 from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, num_slots
+from lightning_easgd._dynamic import DynamicData
 from lightning_easgd._free_running import (
     END_OF_EPOCH,
     END_OF_TRAINING,
@@ -35,7 +37,7 @@ from lightning_easgd._free_running import (
 )
 from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
-from lightning_easgd.communication import AllReduce, OpenCenter, Transport, TransportError
+from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._turnstile import Turnstile
@@ -172,6 +174,7 @@ class ElasticStrategy(_DDPStrategy):
         self._holds_center = False
         self._center_is_new = False
         self._rendezvous: Rendezvous | None = None
+        self._dynamic: DynamicData | None = None  # with data="dynamic"
         self._free_running: FreeRunning | None = None  # over an asynchronous transport
         self._paths_of_0: dict[str, str] = {}  # a checkpoint's path here -> in replica 0, whose steps are others
         self._cleanup = ExitStack()
@@ -264,6 +267,8 @@ class ElasticStrategy(_DDPStrategy):
             return
         self._open_couplings()
         self._take_over(trainer)
+        if self._dynamic is not None:
+            self._dynamic.start()
 
     def _refuse_callbacks(self, trainer: "Trainer") -> None:
         for callback in vars(trainer)["callbacks"]:
@@ -292,6 +297,18 @@ class ElasticStrategy(_DDPStrategy):
             self._group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
             self._start_from_replica_0(self._group)
         self._buffers = CenterBuffers(self._module, self._group, self.num_replicas)
+        if self.data == "dynamic":
+            assert self._trainer is not None
+            self._dynamic = DynamicData(
+                self._trainer,
+                PrefixStore("data", self._rendezvous.store),
+                replica=self.replica,
+                num_replicas=self.num_replicas,
+                seed=int(os.getenv("PL_GLOBAL_SEED", "0")),  # as Lightning's own sampler
+                patch=self._patch,
+                ahead=self.num_nodes > 1,
+            )
+            self._cleanup.callback(self._dynamic.close)
 
     def _open_rendezvous(self) -> Rendezvous:
         assert self.cluster_environment is not None
@@ -639,8 +656,9 @@ class ElasticStrategy(_DDPStrategy):
         assert self._trainer is not None
         assert self._rendezvous is not None
         self._free_running.is_free = False
-        if self.data == "dynamic" and 0 <= self._trainer.max_steps <= self._trainer.global_step:
-            self._rendezvous.request_end()  # whoever takes from what is left would do the others' share too
+        used_up = self.data == "dynamic" and 0 <= self._trainer.max_steps <= self._trainer.global_step
+        if self._trainer.should_stop or used_up:  # or the others would do what is left of a shared epoch too
+            self._rendezvous.request_end()
         if not self._meet(END_OF_EPOCH):
             log.warning("replica %d goes on while others have ended training", self.replica)
             self._free_running.is_free = True
@@ -713,7 +731,8 @@ class ElasticStrategy(_DDPStrategy):
         if getattr(loader, "persistent_workers", False):
             loader._iterator = None  # the original's own belongs to the epoch that is going on
         before = rng_state()
-        with self.precision_plugin.forward_context():
+        apart = nullcontext() if self._dynamic is None else self._dynamic.apart()
+        with self.precision_plugin.forward_context(), apart:
             buffers.reestimate(self.batch_to_device(batch) for batch in itertools.islice(loader, num_batches))
         set_rng_state(before)
 
@@ -782,6 +801,7 @@ class ElasticStrategy(_DDPStrategy):
             "buffers": [b.detach().clone() for b in self._buffers.own],
             "rng": rng_state(),
             "epoch_rng": self._epoch_rng,
+            "data": None if self._dynamic is None else self._dynamic.state_dict(),
         }
 
     @torch.no_grad()
@@ -790,6 +810,8 @@ class ElasticStrategy(_DDPStrategy):
             coupling.load_state_dict(own)
         for buffer, value in zip(self._module.buffers(), state["buffers"], strict=True):
             buffer.copy_(value)
+        if self._dynamic is not None and state["data"] is not None:
+            self._dynamic.load_state_dict(state["data"])
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -832,13 +854,17 @@ class ElasticStrategy(_DDPStrategy):
 
     def _set_up_data(self, trainer: "Trainer", setup_data: Callable[[], None]) -> None:
         """Lightning's own, which creates the first epoch's iterator; resumed in mid-epoch, it goes on in the data."""
-        fit_loop = trainer.fit_loop
-        if fit_loop._combined_loader is not None:
+        if self._epoch_rng is not None:
             setup_data()
             return
+        fit_loop: Any = trainer.fit_loop
+        # A module that asks for estimated_stepping_batches has had the iterator made, before this method was in place.
+        was_early = fit_loop._combined_loader is not None
         self._epoch_rng = rng_state()
         setup_data()
         loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+        if self._resumed is None and was_early and fetcher is not None:
+            iter(fetcher)
         if self._resumed is None or loader is None or fetcher is None:
             return
         progress = fit_loop.epoch_loop.batch_progress
@@ -852,7 +878,7 @@ class ElasticStrategy(_DDPStrategy):
             set_epoch(each, fit_loop.epoch_progress.current.processed)
         iter(fetcher)
         stateful = any(hasattr(each, "load_state_dict") for each in loader.flattened)  # Lightning has restored those
-        if in_epoch and not stateful:
+        if in_epoch and not stateful and self._dynamic is None:  # which leaves out what is done itself
             for _ in range(done):
                 next(fetcher)
             fetcher.fetched -= done  # Lightning adds them
@@ -944,7 +970,7 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers = self._group = None
             self._holds_center = False
             self._by_optimizer.clear()
-            self._rendezvous = self._free_running = None
+            self._rendezvous = self._free_running = self._dynamic = None
             self._paths_of_0.clear()
             self._stop_seen_at = None
             self._stopped_together = False
@@ -980,6 +1006,7 @@ class ElasticStrategy(_DDPStrategy):
         """Registers each name and, as for DDP's names, its forms by start method."""
         presets: dict[str, tuple[str, dict[str, Any]]] = {
             "easgd": ("Synchronous elastic averaging SGD", {}),
+            "easgd_async": ("Asynchronous elastic averaging SGD", {"transport": Asynchronous()}),
         }
         for name, (description, arguments) in presets.items():
             for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):

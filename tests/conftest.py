@@ -32,5 +32,8 @@ def restore_process_state():
     for s, handler in handlers.items():
         signal.signal(s, handler)
     assert not dist.is_initialized(), "the test left torch's default process group behind"
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("lightning_easgd-session"):
+            thread.join(10)  # a server's ends a moment after its client's close
     left = [t for t in set(threading.enumerate()) - threads if t.is_alive() and t.name.startswith("lightning_easgd")]
     assert not left, f"the test left threads behind: {left}"

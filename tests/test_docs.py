@@ -8,7 +8,8 @@ TESTS = Path(__file__).parent
 
 
 def test_every_row_of_the_compatibility_table_names_tests_that_exist():
-    rows = [r for r in (TESTS.parent / "docs/compatibility.md").read_text().splitlines() if r.startswith("| ")][1:]
+    lines = (TESTS.parent / "docs/compatibility.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| What |")]
     assert len(rows) > 30
     for row in rows:
         named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row.split("|")[3])

@@ -8,12 +8,13 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_easgd import EASGD, EASGDStrategy
+from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, Transport
 from tests import modules
 from tests.helpers import Replicas
 from tests.modules import Regression, loader, trainer
@@ -23,7 +24,7 @@ BOUND_S = 50.0
 LONG = 10**9
 
 
-def _train(replica: int, port: int, folder: str, period: int, misbehave: str, culprit: int) -> None:
+def _train(replica: int, port: int, folder: str, period: int, misbehave: str, culprit: int, transport: Any) -> None:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
@@ -40,17 +41,19 @@ def _train(replica: int, port: int, folder: str, period: int, misbehave: str, cu
 
     checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=10, save_on_exception=True)
     trainer(
-        strategy=EASGDStrategy(EASGD(period=period)),
+        strategy=EASGDStrategy(EASGD(period=period), transport),
         max_epochs=-1,
         callbacks=[Progress(), checkpoint],
         enable_checkpointing=True,
     ).fit(Regression(), loader())
 
 
-def _run(folder: Path, period: int = 5, misbehave: str = "", culprit: int = -1) -> tuple[Replicas, list[int], float]:
+def _run(
+    folder: Path, period: int = 5, misbehave: str = "", culprit: int = -1, transport: Transport | None = None
+) -> tuple[Replicas, list[int], float]:
     """Starts two replicas and returns once both train: (replicas, their pids, the time)."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=40), wait_for_workers=False)
-    replicas = Replicas(_train, 2, store.port, str(folder), period, misbehave, culprit, timeout=100)
+    replicas = Replicas(_train, 2, store.port, str(folder), period, misbehave, culprit, transport, timeout=100)
     pids = [int(store.get(f"running/{r}")) for r in range(2)]
     return replicas, pids, time.monotonic()
 
@@ -101,3 +104,25 @@ def test_a_silent_death_ends_all(tmp_path, culprit, period):
     codes = _check(tmp_path, replicas, began)
     assert codes[culprit] == 9
     assert codes[1 - culprit] == 1
+
+
+@pytest.mark.parametrize("targets", [(1,), (0, 1)], ids=str)
+def test_sigterm_over_an_asynchronous_center(tmp_path, targets):
+    replicas, pids, began = _run(tmp_path, transport=SharedMemory())
+    for target in targets:
+        os.kill(pids[target], signal.SIGTERM)
+    assert _check(tmp_path, replicas, began) == [0, 0]
+    assert all("SIGTERMException" in replicas.error(r) for r in range(2))
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_exception_over_an_asynchronous_center(tmp_path, culprit):
+    replicas, _, began = _run(tmp_path, misbehave="raise", culprit=culprit, transport=SharedMemory())
+    assert _check(tmp_path, replicas, began) == [1, 1]
+    assert f"rank {culprit}: KeyError: 'the original error'" in replicas.error(1 - culprit)
+
+
+def test_a_silent_death_over_an_asynchronous_center(tmp_path):
+    replicas, _, began = _run(tmp_path, misbehave="die", culprit=1, transport=SharedMemory())
+    codes = _check(tmp_path, replicas, began)
+    assert codes == [1, 9]

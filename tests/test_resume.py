@@ -32,9 +32,10 @@ class Hard(Regression):
     def configure_optimizers(self) -> Any:
         if self.optimizer == "momentum":
             optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+            length = self.trainer.estimated_stepping_batches  # which sets up the data before anything else does
         else:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)
+            optimizer, length = torch.optim.AdamW(self.parameters(), lr=0.01), 60
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -4,18 +4,22 @@ The center is a vector with a clock, and all that a replica may do is read it, a
 owns the *order* of these, of the local update and of the replica's own move, and nothing else:
 
 * EASGD:        exchange (pull and push as one), local update, subtract the force that the center received;
-* DOWNPOUR:     push what was accumulated, pull, replace the replica, local update;
-* local SGD:    local update, push the distance to the center over the number of replicas, pull, replace.
+* DOWNPOUR:     pull, replace the replica, local updates, push what they have accumulated;
+* local SGD:    the same, with what was accumulated over the number of replicas.
 
 Who else is there, and what "add" means (one all-reduce, a lock in shared memory, a server) is the transport's business.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_easgd.gates import Gate
+from lightning_easgd.rules import Addition, CenterRule
 
 __all__ = ["Algorithm", "Center", "Exchange", "Replica", "Snapshot"]
 
@@ -99,15 +103,48 @@ class Algorithm(ABC):
     Attributes:
         period: communication period tau, in optimizer steps, >= 1.
         clock: optimizer steps that this replica has begun with this coupling.
+        synchronous_only: whether it has a meaning only where all replicas' n-th exchanges are one operation.
+        asynchronous_only: whether it has a meaning only where each replica's exchange is an operation of its own.
+        reads_late: whether a step that is due reads the center after its local update, not before.
     """
 
     period: int
     clock: int = 0
+    synchronous_only: ClassVar[bool] = False
+    asynchronous_only: ClassVar[bool] = False
+    reads_late: ClassVar[bool] = False
 
     @property
     def is_due(self) -> bool:
-        """Whether the next ``step`` exchanges with the center."""
+        """Whether the next ``step`` begins an exchange: it reads the center, and a gate is passed before it."""
         return self.clock % self.period == 0
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the next ``step`` ends an exchange: it adds to the center, and the gate's clock ticks after it."""
+        return self.is_due
+
+    def rule(self, num_replicas: int) -> CenterRule:
+        """Returns what the center does with this algorithm's deltas. A new object for each center."""
+        del num_replicas
+        return Addition()
+
+    def gate(self, num_replicas: int) -> Gate | None:
+        """Returns who may exchange, over an asynchronous center; None where nobody waits for another."""
+        del num_replicas
+        return None
+
+    def bind(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Shows the optimizer that ``local_update`` steps. Called before ``start``; local and cheap.
+
+        Args:
+            optimizer: torch's own, not a wrapper.
+            parameters: the coupled tensors, in the flat vector's order.
+
+        Raises:
+            ValueError: the algorithm is not defined for this optimizer.
+        """
+        del optimizer, parameters
 
     @abstractmethod
     def check(self, num_replicas: int) -> None:
@@ -127,7 +164,7 @@ class Algorithm(ABC):
 
         Args:
             replica: the parameters, modified in place.
-            center: the center; touched only when ``is_due``.
+            center: the center; touched only in a step that is due or ending.
             local_update: one step of the module's own optimizer, gradient included. Opaque.
         """
 

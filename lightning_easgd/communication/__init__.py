@@ -9,5 +9,19 @@ from lightning_easgd.communication._transport import (
     TransportError,
 )
 from lightning_easgd.communication.all_reduce import AllReduce
+from lightning_easgd.communication.asynchronous import Asynchronous
+from lightning_easgd.communication.parameter_server import ParameterServer
+from lightning_easgd.communication.shared_memory import SharedMemory
 
-__all__ = ["AllReduce", "Completed", "NonFiniteDeltaError", "OpenCenter", "Traffic", "Transport", "TransportError"]
+__all__ = [
+    "AllReduce",
+    "Asynchronous",
+    "Completed",
+    "NonFiniteDeltaError",
+    "OpenCenter",
+    "ParameterServer",
+    "SharedMemory",
+    "Traffic",
+    "Transport",
+    "TransportError",
+]

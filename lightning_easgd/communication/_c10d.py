@@ -39,6 +39,14 @@ class Group(Protocol):
         """Starts copying one tensor from ``root`` to all ranks, in place."""
         ...
 
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> Work:
+        """Starts sending one contiguous tensor to ``rank``."""
+        ...
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> Work:
+        """Starts receiving one contiguous tensor from ``rank``; one of another size ends the process."""
+        ...
+
 
 def new_group(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Group:
     """Returns a process group of its own over ``store``: NCCL for CUDA tensors, else Gloo. Collective, blocking.

@@ -9,7 +9,8 @@ from lightning_easgd.communication._transport import TransportError
 
 __all__ = ["Meetings"]
 
-_LOOK = timedelta(seconds=1)
+_SHORTEST_S, _LONGEST_S = 0.001, 0.05  # between two looks at the store
+_LOOK_S = 1.0  # between two looks at what else may have happened
 
 
 class Meetings:
@@ -54,21 +55,23 @@ class Meetings:
         self._store.set(keys[self._replica], reason)
         seen: object = None
         moved = time.monotonic()
-        while True:
-            try:
-                self._store.wait(keys, _LOOK)
-            except RuntimeError as error:
-                self._check()
-                missing = [replica for replica, key in enumerate(keys) if not self._store.check([key])]
-                now = missing, self._progress()
-                if now != seen:
-                    seen, moved = now, time.monotonic()
-                elif missing and time.monotonic() - moved > self._timeout.total_seconds():
-                    raise TransportError(
-                        f"replica {self._replica} waits at {reason!r} for the replicas {missing}, which have not moved "
-                        f"for {self._timeout.total_seconds():.0f} s"
-                    ) from error
+        pause, looked = _SHORTEST_S, moved
+        while not self._store.check(keys):  # not ``wait``, whose short timeouts torch reports on stderr
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_S)
+            if time.monotonic() - looked < _LOOK_S:
                 continue
-            if self.number > 1:  # all have left the meeting before, or they would not be here
-                self._store.delete_key(f"{self.number - 1}/{self._replica}")
-            return [value.decode() for value in self._store.multi_get(keys)]
+            looked = time.monotonic()
+            self._check()
+            missing = [replica for replica, key in enumerate(keys) if not self._store.check([key])]
+            now = missing, self._progress()
+            if now != seen:
+                seen, moved = now, looked
+            elif missing and looked - moved > self._timeout.total_seconds():
+                raise TransportError(
+                    f"replica {self._replica} waits at {reason!r} for the replicas {missing}, which have not moved "
+                    f"for {self._timeout.total_seconds():.0f} s"
+                )
+        if self.number > 1:  # all have left the meeting before, or they would not be here
+            self._store.delete_key(f"{self.number - 1}/{self._replica}")
+        return [value.decode() for value in self._store.multi_get(keys)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Snapshot
 from lightning_easgd.communication._c10d import Group, Store, Work, new_group
-from lightning_easgd.communication._transport import OpenCenter, Traffic, Transport, TransportError
+from lightning_easgd.communication._transport import OpenCenter, Traffic, Transport, TransportError, check_open
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["AllReduce"]
@@ -42,13 +42,7 @@ class AllReduce(Transport):
         num_slots: int = 0,
     ) -> OpenCenter:
         """Opens the center; see ``Transport.open``."""
-        if not 0 <= replica < num_replicas:
-            raise ValueError(f"AllReduce.open(replica={replica}): must be at least 0 and below {num_replicas}")
-        if initial.ndim != 1 or initial.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"AllReduce.open(initial=<{initial.dtype}, shape {tuple(initial.shape)}>): must be one flat vector of "
-                "float32 or float64"
-            )
+        check_open("AllReduce", initial, replica, num_replicas)
         return _ReplicatedCenter(initial, replica, num_replicas, rule, store, timeout, num_slots)
 
     def __repr__(self) -> str:
@@ -96,6 +90,7 @@ class _ReplicatedCenter(OpenCenter):
         return self._clock
 
     def pull(self) -> Snapshot:
+        self._require_open()
         self.drain()
         return Snapshot(self._value, self._clock)
 

@@ -1,0 +1,347 @@
+"""Training over an asynchronous center: inside an epoch no replica waits, whatever callbacks and logs ask of all."""
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_easgd import EASGD, EASGDStrategy, SharedMemory
+from lightning_easgd.checkpoint import ReplicaFile
+from tests import modules
+from tests.helpers import run_replicas
+from tests.modules import BatchNormRegression, Regression, flat, linear_data, loader, trainer
+
+
+def strategy(period: int = 2, **kwargs: Any) -> EASGDStrategy:
+    return EASGDStrategy(EASGD(period=period), SharedMemory(), **kwargs)
+
+
+class Stream(IterableDataset):
+    """Another number of samples in every replica."""
+
+    def __init__(self, num_samples: dict[int, int]) -> None:
+        self.num_samples = num_samples
+
+    def __iter__(self):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        data = linear_data()
+        return (data[i % len(data)] for i in range(self.num_samples[rank]))
+
+
+class Slow(modules.pytorch_lightning.Callback):
+    """Makes one replica's batches take time, as computing would."""
+
+    def __init__(self, replica: int, seconds: float) -> None:
+        self.replica, self.seconds = replica, seconds
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.replica:
+            time.sleep(self.seconds)
+
+
+class Recorder(modules.pytorch_lightning.Callback):
+    """What the module held in each evaluation, and center, replica and steps at the end."""
+
+    def __init__(self) -> None:
+        self.evaluated: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor] = []
+
+    def on_validation_start(self, trainer, pl_module):
+        self.evaluated.append(flat(pl_module))
+        self.buffers.append(torch.cat([b.double().flatten() for b in pl_module.buffers()] or [torch.empty(0)]))
+
+    def on_train_end(self, trainer, pl_module):
+        self.center, self.steps = flat(pl_module), trainer.global_step
+        with trainer.strategy.weights_of("replica"):
+            self.replica = flat(pl_module)
+        self.reports = list(trainer.strategy.couplings[0].reports)
+        self.clock = trainer.strategy.couplings[0].center.clock
+
+
+def _validate(replica: int, kwargs: dict[str, Any], module: Any = Regression) -> dict[str, Any]:
+    recorder = Recorder()
+    t = trainer(strategy=strategy(), callbacks=[Slow(1, 0.005), recorder], max_epochs=2, **kwargs)
+    t.fit(module(), loader(), loader(32))
+    return vars(recorder)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "times"), [({}, 2), ({"val_check_interval": 4}, 4), ({"num_sanity_val_steps": 1}, 3)], ids=str
+)
+def test_all_evaluate_the_same_center(kwargs, times):
+    """Two epochs of eight batches each."""
+    one, two = run_replicas(_validate, 2, kwargs, BatchNormRegression)
+    assert len(one["evaluated"]) == len(two["evaluated"]) == times
+    for mine, other in zip(one["evaluated"] + one["buffers"], two["evaluated"] + two["buffers"], strict=True):
+        assert torch.equal(mine, other) or mine.isinf().any()
+    assert torch.equal(one["center"], two["center"])
+    assert not torch.equal(one["replica"], two["replica"])
+    assert one["clock"] == two["clock"] == 2 * 8
+
+
+class EverySort(Regression):
+    """Logs in every way, some of which are collectives elsewhere."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("on_step", loss, sync_dist=True, on_step=True, on_epoch=True, prog_bar=True)
+        self.log("summed", loss, sync_dist=True, on_step=True, reduce_fx="sum")
+        self.log("on_epoch", loss, sync_dist=True, on_step=False, on_epoch=True)
+        gathered = self.all_gather(loss.detach())
+        assert gathered.shape == (2,)
+        return loss
+
+
+def _unequal(replica: int, folder: str, logger: str) -> dict[str, Any]:
+    from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
+    from pytorch_lightning.loggers import CSVLogger, WandbLogger
+
+    recorder = Recorder()
+    checkpoints = [
+        ModelCheckpoint(folder, filename="steps-{step}", every_n_train_steps=3, save_top_k=2, monitor="train_loss"),
+        ModelCheckpoint(folder, filename="last", every_n_train_steps=5, save_last=True),
+        ModelCheckpoint(folder, filename="epoch-{epoch}", monitor="on_epoch", save_on_train_epoch_end=True),
+    ]
+    t = trainer(
+        strategy=strategy(),
+        callbacks=[
+            Slow(1, 0.01),
+            recorder,
+            EarlyStopping("on_epoch", patience=50, check_on_train_epoch_end=True),
+            Timer(duration="00:01:00:00"),
+            LearningRateMonitor(),
+            *checkpoints,
+        ],
+        max_epochs=3,
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+        log_every_n_steps=1,
+        logger=CSVLogger(folder) if logger == "csv" else WandbLogger(save_dir=folder, offline=True, log_model=False),
+    )
+    t.fit(EverySort(), DataLoader(Stream({0: 41 * 4, 1: 13 * 4}), batch_size=4), loader(32))
+    return {**vars(recorder), "path": checkpoints[2].best_model_path}
+
+
+@pytest.mark.parametrize("logger", ["csv", "wandb"])
+def test_callbacks_and_logs_that_are_collectives_elsewhere_never_wait(tmp_path, logger):
+    """Replicas of 41 and 13 batches an epoch, the second one slow."""
+    one, two = run_replicas(_unequal, 2, str(tmp_path), logger)
+    assert (one["steps"], two["steps"]) == (3 * 41, 3 * 13)
+    assert torch.equal(one["center"], two["center"])
+    assert one["clock"] == 3 * 41 // 2 + 1 + 3 * 13 // 2 + 1
+    in_epoch = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert in_epoch["global_step"] % 5 == 0
+    assert in_epoch["lightning_easgd"]["save"] is None
+    assert all(torch.isfinite(value).all() for value in in_epoch["state_dict"].values())
+    assert list(tmp_path.glob("steps-*.ckpt"))
+    at_end = torch.load(one["path"], weights_only=False)
+    assert at_end["lightning_easgd"]["num_replicas"] == 2
+    # Replica 1 has made other steps, but its file belongs to replica 0's checkpoint.
+    save = at_end["lightning_easgd"]["save"]
+    assert ReplicaFile(one["path"], save, 1).read()["lightning"]["global_step"] % 13 == 0
+    # Best of three: the other checkpoints' files are gone with them.
+    assert len(list(tmp_path.glob("epoch*.replica-*"))) == 2
+
+
+class _StopAt(modules.pytorch_lightning.Callback):
+    def __init__(self, replica: int, step: int) -> None:
+        self.replica, self.step = replica, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == self.replica and trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+def _decide(replica: int, decider: int, how: str) -> dict[str, Any]:
+    from pytorch_lightning.callbacks import Timer
+
+    recorder = Recorder()
+    decide = _StopAt(decider, 5) if how == "should_stop" else Timer(duration={"seconds": 1})
+    t = trainer(strategy=strategy(), callbacks=[recorder, decide, Slow(1 - decider, 0.01)], max_epochs=10**6)
+    data = DataLoader(Stream({0: 10**9, 1: 10**9}), batch_size=4)
+    t.fit(Regression(), data)
+    return {**vars(recorder), "epochs": t.current_epoch}
+
+
+@pytest.mark.parametrize("how", ["should_stop", "timer"])
+@pytest.mark.parametrize("decider", [0, 1])
+def test_what_one_replica_decides_the_others_learn(decider, how):
+    """The epochs have no end of their own."""
+    if (how, decider) == ("timer", 1):
+        pytest.skip("the time limit is replica 0's")
+    results = run_replicas(_decide, 2, decider, how)
+    assert torch.equal(results[0]["center"], results[1]["center"])
+    assert [r["epochs"] for r in results] == [0, 0] or [r["epochs"] for r in results] == [1, 1]
+    if how == "should_stop":
+        assert results[decider]["steps"] == 5
+
+
+def _uneven_validation(replica: int) -> dict[str, Any]:
+    recorder = Recorder()
+    t = trainer(strategy=strategy(), callbacks=[recorder, Slow(0, 0.01)], max_epochs=2, val_check_interval=5)
+    t.fit(Regression(), DataLoader(Stream({0: 18 * 4, 1: 7 * 4}), batch_size=4), loader(32))
+    return vars(recorder)
+
+
+def test_an_evaluation_that_not_all_reach_is_left_out():
+    one, two = run_replicas(_uneven_validation, 2)
+    assert (one["steps"], two["steps"]) == (36, 14)
+    assert len(one["evaluated"]) == len(two["evaluated"]) == 2  # at batch 5 of each epoch
+    for mine, other in zip(one["evaluated"], two["evaluated"], strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(one["center"], two["center"])
+
+
+def _gated(replica: int, slack: int | None) -> dict[str, Any]:
+    recorder = Recorder()
+    t = trainer(strategy=strategy(1, slack=slack), callbacks=[recorder, Slow(1, 0.02)], logger=True, max_epochs=1)
+    t.strategy.request_reports(1)
+    t.fit(Regression(), loader())
+    return vars(recorder)
+
+
+@pytest.mark.parametrize("slack", [None, 0, 2])
+def test_the_gate_makes_the_fast_replica_wait_and_the_monitor_shows_it(tmp_path, monkeypatch, slack):
+    monkeypatch.chdir(tmp_path)
+    one, two = run_replicas(_gated, 2, slack)
+    assert one["steps"] == two["steps"] == 8
+    waited = one["reports"][-1].gate_s[0]  # replica 1 may not have announced anything yet
+    assert (waited > 0) == (slack is not None)
+
+
+def test_a_slack_needs_a_center_that_is_asynchronous():
+    with pytest.raises(ValueError, match=r"slack=2.*all replicas exchange at once"):
+        EASGDStrategy(slack=2)
+    with pytest.raises(ValueError, match=r"StaleSynchronous\(slack=-1\)"):
+        EASGDStrategy(transport=SharedMemory(), slack=-1)
+
+
+def _count(replica: int) -> Any:
+    counts: Counter[str] = Counter()
+    inside = [False]
+
+    def counting(name: str, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if inside[0]:
+                counts[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("all_reduce", "broadcast", "barrier", "all_gather", "broadcast_object_list", "all_gather_object"):
+        for owner in (dist, dist.distributed_c10d):
+            setattr(owner, name, counting(name, getattr(owner, name)))
+    for kind in (dist.ProcessGroupGloo, dist.ProcessGroup):
+        for name in ("allreduce", "broadcast", "allgather", "barrier", "send", "recv"):
+            setattr(kind, name, counting(f"{kind.__name__}.{name}", getattr(kind, name)))
+
+    class Epoch(modules.pytorch_lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            inside[0] = True
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            inside[0] = batch_idx < 7
+
+    t = trainer(strategy=strategy(1), callbacks=[Epoch()], enable_progress_bar=True, max_epochs=2)
+    t.fit(EverySort(), loader())
+    return counts, t.global_step
+
+
+def test_no_collective_inside_an_epoch():
+    for counts, steps in run_replicas(_count, 2):
+        assert steps == 16
+        assert not counts
+
+
+def _save(replica: int, folder: str) -> dict[str, Any]:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    recorder = Recorder()
+    t = trainer(
+        strategy=strategy(),
+        callbacks=[Slow(1, 0.01), recorder, ModelCheckpoint(folder, filename="end", save_on_train_epoch_end=True)],
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
+    t.fit(Regression(), loader())
+    return vars(recorder)
+
+
+def _resume(replica: int, path: str, max_epochs: int) -> dict[str, Any]:
+    recorder = Recorder()
+
+    class Start(modules.pytorch_lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.replica = flat(pl_module)
+            self.center = trainer.strategy.couplings[0].center.value.clone()
+            self.clock = trainer.strategy.couplings[0].center.clock
+
+    start = Start()
+    t = trainer(strategy=strategy(), callbacks=[start, recorder], max_epochs=max_epochs)
+    t.fit(Regression(), loader(), ckpt_path=path)
+    return {**vars(recorder), "start": vars(start)}
+
+
+def test_every_replica_goes_on_from_its_own_state(tmp_path):
+    saved = run_replicas(_save, 2, str(tmp_path))
+    resumed = run_replicas(_resume, 2, str(tmp_path / "end.ckpt"), 4)
+    for before, after in zip(saved, resumed, strict=True):
+        assert torch.equal(after["start"]["replica"], before["replica"])
+        assert torch.equal(after["start"]["center"], before["center"])
+        assert after["start"]["clock"] == before["clock"] == 2 * 8
+        assert after["steps"] == 2 * before["steps"] == 32
+        assert after["clock"] == 32
+    assert torch.equal(resumed[0]["center"], resumed[1]["center"])
+    assert not torch.equal(resumed[0]["center"], saved[0]["center"])
+
+
+def _diverge(replica: int, reaction: str) -> dict[str, Any]:
+    class Diverges(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_rank == 1 and batch_idx == 5:
+                with torch.no_grad():
+                    self.net[0].weight[0, 0] = float("nan")
+
+    recorder = Recorder()
+    t = trainer(strategy=strategy(1, on_nonfinite=reaction), callbacks=[recorder])
+    t.fit(Diverges(), loader())
+    return {name: getattr(recorder, name) for name in ("steps", "center", "replica", "clock")}
+
+
+def test_a_delta_that_is_not_finite_stays_out_and_its_replica_starts_again():
+    one, two = run_replicas(_diverge, 2, "reset")
+    assert one["steps"] == two["steps"] == 8
+    for tensor in (one["center"], one["replica"], two["replica"]):
+        assert torch.isfinite(tensor).all()
+    assert torch.equal(one["center"], two["center"])
+    assert one["clock"] == 15
+
+
+def test_or_ends_the_job_and_is_named():
+    with pytest.raises(AssertionError, match="NonFiniteDeltaError: replica 1: 1 of 49 numbers in its delta"):
+        run_replicas(_diverge, 2, "raise")
+
+
+def _in_callback(replica: int) -> Any:
+    class Look(modules.pytorch_lightning.Callback):
+        seen = 0
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx % (2 + trainer.global_rank) == 0:  # not together
+                before = flat(pl_module)
+                with trainer.strategy.weights_of("center"):
+                    assert not torch.equal(flat(pl_module), before) or trainer.global_step == 0
+                    self.seen += 1
+                assert torch.equal(flat(pl_module), before)
+
+    look = Look()
+    trainer(strategy=strategy(1), callbacks=[look]).fit(Regression(), loader())
+    return look.seen
+
+
+def test_a_callback_may_look_at_the_center_whenever_it_likes():
+    assert run_replicas(_in_callback, 2) == [4, 3]
