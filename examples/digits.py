@@ -126,6 +126,7 @@ def train(
         strategy=strategy,
         accelerator=args.accelerator,
         devices=args.devices,
+        num_nodes=args.num_nodes,
         max_epochs=args.epochs,
         logger=loggers,
         callbacks=callbacks,
@@ -166,7 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="easgd", help="any strategy of the Trainer (default: easgd)")
     parser.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto (default: cpu)")
-    parser.add_argument("--devices", type=int, default=2, help="how many replicas (default: 2)")
+    parser.add_argument("--devices", type=int, default=2, help="how many replicas a host (default: 2)")
+    parser.add_argument("--num-nodes", type=int, default=1, help="how many hosts, each of which runs this (default: 1)")
     parser.add_argument("--period", type=int, help="optimizer steps from one exchange to the next (default: EASGD's)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training set (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
@@ -217,7 +219,7 @@ def report(args: argparse.Namespace, trainer: Trainer, accuracies: dict[str, flo
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
     if elastic:
-        title = f"{args.strategy}, {args.devices} replicas, seed {args.seed}"
+        title = f"{args.strategy}, {args.devices * args.num_nodes} replicas, seed {args.seed}"
         plot(args.out / "metrics.csv", title, args.out / "digits.png")
     print(f"\ntest accuracy after {args.epochs} epochs, seed {args.seed}")
     for name, value in accuracies.items():

@@ -112,7 +112,7 @@ def converse(replica, store, wire, numel, exchanges):
             if replica == 2 and n == exchanges // 2:
                 print("in the middle", flush=True)
             began = time.perf_counter()
-            center.exchange(torch.empty(numel), lambda x, c: x.fill_(1.0)).wait()
+            center.exchange(torch.zeros(numel), lambda x, c: x.fill_(1.0)).wait()
             longest = max(longest, time.perf_counter() - began)
         center.drain()
         store.set(f"done/{replica}", "")

@@ -76,7 +76,7 @@ def _load(replica: int, path: str, num_exchanges: int) -> tuple[torch.Tensor, in
     generator = torch.Generator().manual_seed(replica)
     total = 0.0
     with open_center(store, replica, 8) as center:
-        x = torch.empty(20 * CHUNK)
+        x = torch.zeros(20 * CHUNK)
         for n in range(num_exchanges):
             amount = float(torch.randn((), generator=generator))
             if n % 2:

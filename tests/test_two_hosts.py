@@ -1,0 +1,58 @@
+"""A whole training run on two hosts that a slow link joins, which is cut for a while."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.network import TwoHosts, two_hosts, why_not
+
+EXAMPLE = Path(__file__).parent.parent / "examples/digits.py"
+EPOCHS = 10
+AWAY_S = 2.0
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_not()), reason=f"two network namespaces: {why_not()}"),
+]
+
+
+def arguments(out: Path, devices: int, num_nodes: int) -> list[str]:
+    given = {"--devices": devices, "--num-nodes": num_nodes, "--epochs": EPOCHS, "--out": out, "--wandb": "off"}
+    options = [str(part) for pair in given.items() for part in pair]
+    return [str(EXAMPLE), "--strategy", "easgd_async", "--no-baseline", *options]
+
+
+def accuracy(output: str) -> float:
+    found = re.search(r"center +(\d+\.\d+) %", output)
+    assert found, output
+    return float(found[1])
+
+
+def await_traffic(hosts: TwoHosts, num_bytes: int, processes: list["subprocess.Popen[str]"]) -> None:
+    """Returns when host 1 has sent so much: replicas are exchanging."""
+    while hosts.bytes_sent(1) < num_bytes:
+        assert all(process.poll() is None for process in processes), "training ended before"
+        time.sleep(0.05)  # between two looks at the link's counter
+
+
+def test_two_hosts_train_like_one_and_outlast_a_cut_of_the_link(tmp_path):
+    one = subprocess.run(
+        [sys.executable, *arguments(tmp_path / "one", 2, 1)], capture_output=True, text=True, timeout=100, check=True
+    )
+    with two_hosts() as hosts:
+        processes = [
+            hosts.start(host, arguments(tmp_path / "two", 1, 2), NODE_RANK=str(host), MASTER_PORT="29500")
+            for host in range(2)
+        ]
+        await_traffic(hosts, 2_000_000, processes)
+        with hosts.cut():
+            time.sleep(AWAY_S)  # how long the link is away
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    # 450 images: a point is 4.5 of them.
+    assert accuracy(outputs[0]) > 97
+    assert abs(accuracy(outputs[0]) - accuracy(one.stdout)) < 1.5
