@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_easgd.algorithms.easgd import elastic_force_
+from lightning_easgd.algorithms.easgd import displacement_
 from lightning_easgd.communication.shared_memory import CHUNK_BYTES, SharedMemory
 from lightning_easgd.rules import Addition
 
@@ -55,19 +54,18 @@ def measure(
         store=dist.FileStore(f"{folder}/store", NUM_REPLICAS),
         timeout=TIMEOUT,
     )
-    force = partial(elastic_force_, rate=RATE)
     generator = torch.Generator().manual_seed(replica)
     x, left, right = torch.empty(numel), torch.ones(numel), torch.ones(numel)
     delta = torch.empty(numel)
 
     def separate() -> None:
         snapshot = center.pull()
-        force(delta.copy_(x), snapshot.value)
-        center.push(delta, read_at=snapshot.clock)
+        displacement_(delta.copy_(x), snapshot.value)
+        center.push(delta.mul_(RATE), read_at=snapshot.clock)
 
     variants: dict[str, Callable[[], Any]] = {
         "floor": lambda: left.add_(right),
-        "fused": lambda: center.exchange(x, force).wait(),
+        "fused": lambda: center.exchange(x, displacement_, scale=RATE).wait(),
         "separate": separate,
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

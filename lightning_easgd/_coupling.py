@@ -131,8 +131,8 @@ class Coupling:
             at: what a report of this step is marked with.
         """
         self._at = at
-        is_due = self.algorithm.is_due
-        if self.turnstile is not None and is_due:
+        is_ending = self.algorithm.is_ending
+        if self.turnstile is not None and self.algorithm.is_due:
             self.turnstile.enter()
         called = False
 
@@ -162,7 +162,7 @@ class Coupling:
             self.algorithm.clock += 1
         if observed.measured is not None:
             self._measured = {**observed.measured, **self._costs(at)}
-        if self.turnstile is not None and is_due:
+        if self.turnstile is not None and is_ending:
             self.turnstile.advance()
 
     def _costs(self, at: int) -> dict[str, float]:
@@ -230,7 +230,9 @@ class Coupling:
         self._announced = measured
         if measured is not None:
             first = _VOTES + self.center.replica * len(FIGURES)
-            self.center.announcement[first : first + len(FIGURES)] = torch.tensor([measured[f] for f in FIGURES])
+            self.center.announcement[first : first + len(FIGURES)] = torch.tensor(
+                [measured.get(figure, 0.0) for figure in FIGURES]  # some algorithms add before their local update
+            )
 
     def _receive(self) -> None:
         """Reads the figures of all replicas from the exchange that was just completed."""

@@ -38,13 +38,14 @@ class CenterRule(ABC):
         """
 
     @abstractmethod
-    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
-        """Adds ``delta`` (already weighted) to ``center`` in place, elementwise: a transport may call it by chunks.
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor, alpha: float = 1.0) -> None:
+        """Adds ``alpha * delta`` to ``center`` in place, elementwise: a transport may call it by chunks.
 
         Args:
             center: (m,) the center or a chunk of it; modified.
             delta: (m,) of the same dtype and device; not modified.
             memory: ``num_vectors`` tensors like ``center``; modified.
+            alpha: the delta's factor, ``weight`` included.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,10 +65,10 @@ class Addition(CenterRule):
         del staleness
         return 1.0
 
-    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
-        """Adds ``delta`` to ``center`` in place."""
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor, alpha: float = 1.0) -> None:
+        """Adds ``alpha * delta`` to ``center`` in place."""
         del memory
-        center.add_(delta)
+        center.add_(delta, alpha=alpha)
 
     def __repr__(self) -> str:
         """Returns the constructor call."""
@@ -87,10 +88,10 @@ class StalenessWeight(CenterRule):
         """Returns 1 / (staleness + 1)."""
         return 1.0 / (staleness + 1)
 
-    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
-        """Adds ``delta`` to ``center`` in place."""
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor, alpha: float = 1.0) -> None:
+        """Adds ``alpha * delta`` to ``center`` in place."""
         del memory
-        center.add_(delta)
+        center.add_(delta, alpha=alpha)
 
     def __repr__(self) -> str:
         """Returns the constructor call."""
@@ -136,8 +137,10 @@ class MomentumCenter(CenterRule):
         del staleness
         return 1.0
 
-    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor, alpha: float = 1.0) -> None:
         """Steps ``center`` and the velocity, ``memory[0]``, in place."""
+        if alpha != 1:
+            delta = alpha * delta
         velocity = memory[0].mul_(self.momentum).add_(delta)
         step = delta.add(velocity, alpha=self.momentum) if self.nesterov else velocity
         center.add_(step, alpha=self.lr)
@@ -173,7 +176,7 @@ class OuterOptimizer(CenterRule):
         del staleness
         return 1.0
 
-    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor) -> None:
+    def apply_(self, center: Tensor, delta: Tensor, *memory: Tensor, alpha: float = 1.0) -> None:
         """Makes one step of the optimizer with the gradient ``-delta``."""
         del memory
         if self._parameter is None or self._parameter.data_ptr() != center.data_ptr():
@@ -184,7 +187,7 @@ class OuterOptimizer(CenterRule):
                 self._optimizer.load_state_dict(state)
             self._state = None
         assert self._optimizer is not None
-        self._parameter.grad = -delta
+        self._parameter.grad = -alpha * delta
         self._optimizer.step()
         self._parameter.grad = None
 

@@ -42,8 +42,7 @@ from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broad
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._turnstile import Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
-from lightning_easgd.gates import StaleSynchronous
-from lightning_easgd.rules import Addition
+from lightning_easgd.gates import Gate, StaleSynchronous
 from lightning_easgd.sampling import set_epoch
 
 if TYPE_CHECKING:
@@ -154,7 +153,10 @@ class ElasticStrategy(_DDPStrategy):
                 f"EASGDStrategy(center_buffers={center_buffers!r}): must be 'mean' or a number of training batches >= 1"
             )
         self.algorithm = EASGD() if algorithm is None else algorithm
-        self.transport = AllReduce() if transport is None else transport
+        if transport is None:
+            transport = Asynchronous() if self.algorithm.asynchronous_only else AllReduce()
+        self.transport = transport
+        self._check_combination()
         self.gate = None if slack is None else StaleSynchronous(slack)
         if self.gate is not None and self.transport.synchronous:
             raise ValueError(
@@ -197,6 +199,18 @@ class ElasticStrategy(_DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+
+    def _check_combination(self) -> None:
+        if self.transport.synchronous and self.algorithm.asynchronous_only:
+            raise ValueError(
+                f"EASGDStrategy({self.algorithm!r}, {self.transport!r}): its replicas exchange one by one, which "
+                "needs an asynchronous transport, such as Asynchronous()"
+            )
+        if not self.transport.synchronous and self.algorithm.synchronous_only:
+            raise ValueError(
+                f"EASGDStrategy({self.algorithm!r}, {self.transport!r}): this algorithm steps the center with the mean "
+                "of all replicas at once; it needs a synchronous transport, such as AllReduce()"
+            )
 
     def __repr__(self) -> str:
         """Returns algorithm and transport, and what the class is bound to: Lightning's own error shows it."""
@@ -365,11 +379,16 @@ class ElasticStrategy(_DDPStrategy):
         for index, parameters in enumerate(coupled_parameters(self._module, self.optimizers)):
             vector = ParameterVector(parameters.values())
             center = self._open_center(f"coupling/{index}", vector.read())
-            coupling = Coupling(list(parameters), vector, copy.deepcopy(self.algorithm), center)
+            algorithm = copy.deepcopy(self.algorithm)
+            algorithm.bind(self.optimizers[index], list(parameters.values()))
+            coupling = Coupling(list(parameters), vector, algorithm, center)
             coupling.report_every = self._report_every
-            if self.gate is not None:
+            gate: Gate | None = self.gate
+            if gate is None and not self.transport.synchronous:
+                gate = self.algorithm.gate(self.num_replicas)
+            if gate is not None:
                 coupling.turnstile = Turnstile(
-                    self.gate,
+                    gate,
                     PrefixStore(f"gate/{index}", self._rendezvous.store),
                     replica=self.replica,
                     num_replicas=self.num_replicas,
@@ -393,7 +412,7 @@ class ElasticStrategy(_DDPStrategy):
             initial,
             replica=self.replica,
             num_replicas=self.num_replicas,
-            rule=Addition(),
+            rule=self.algorithm.rule(self.num_replicas),
             store=PrefixStore(name, self._rendezvous.store),
             timeout=self._wait,
             num_slots=num_slots(self.num_replicas),
@@ -426,6 +445,7 @@ class ElasticStrategy(_DDPStrategy):
                 if name in center:
                     view.copy_(center[name])
             self._generation += 1
+            coupling.algorithm.bind(self.optimizers[index], list(parameters.values()))
             opened = self._open_center(f"coupling/{index}/{self._generation}", initial)
             coupling.rebind(list(parameters), vector, opened, initial)
 

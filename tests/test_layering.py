@@ -25,6 +25,7 @@ ALLOWED = {
     "gates.py": ("torch",),
     "flatten.py": ("torch",),
     "metrics.py": ("torch", "torchmetrics"),
+    "simulation.py": ("torch", f"{PACKAGE}.algorithms", f"{PACKAGE}.rules", f"{PACKAGE}.gates"),
     "communication": (
         "torch",
         "typing_extensions",

@@ -19,7 +19,16 @@ eta g^i               ``local_update``: whatever the module's optimizer does, mo
 ====================  =====================================================================================
 
 The gradient is taken at x *before* the elastic move and the center sees the same old x; so the force that the replica
-feels is to the last bit the one that the center receives, and ``sum_i x^i + c`` is conserved by an exchange.
+feels is the one that the center receives, and ``sum_i x^i + c`` is conserved by an exchange (up to rounding the sums).
+
+Gauss-Seidel order (thesis, arXiv:1605.02216, chapter 6): the replica moves first, the gradient is taken at the moved x,
+and the center sees the replica as it is at the end of the period::
+
+    x^i <- x^i - alpha (x^i - c)
+    x^i <- x^i - eta g^i(x^i)                     ``period`` times
+    c   <- c + beta (mean_i x^i - c)              c as it was pulled
+
+It joins the family: alpha = 1, beta = p is DOWNPOUR over a synchronous center, alpha = beta = 1 local SGD.
 
 Departures: alpha does not follow the learning rate's schedule (as in the authors' code; the paper's alpha = eta rho
 has a constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.02216, chapter 5).
@@ -27,52 +36,60 @@ has a constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.0
 
 import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
 
-__all__ = ["EASGD", "elastic_force_", "stable_step_sizes"]
+__all__ = ["EASGD", "displacement_", "stable_step_sizes"]
 
+Order = Literal["jacobi", "gauss_seidel"]
 CENTER_RATE = 0.9  # beta; section 5 of arXiv:1412.6651
 
 
-def elastic_force_(x: Tensor, center: Tensor, rate: float) -> None:
-    """Replaces ``x`` by ``rate * (x - center)``; both (d,) or one chunk of it."""
-    x.sub_(center).mul_(rate)
+def displacement_(x: Tensor, center: Tensor) -> None:
+    """Replaces ``x`` by ``x - center``, what the elastic force is proportional to; both (d,) or one chunk of it."""
+    x.sub_(center)
 
 
-def stable_step_sizes(num_replicas: int, moving_rate: float, center_rate: float) -> tuple[float, float] | None:
+def stable_step_sizes(
+    num_replicas: int, moving_rate: float, center_rate: float, order: Order = "jacobi"
+) -> tuple[float, float] | None:
     """Returns the open interval of e = eta h in which synchronous EASGD with period 1 is stable on a quadratic.
 
-    h is a curvature. The mean replica and the center move by ``[[1-e-alpha, alpha], [beta, 1-beta]]``, the replicas'
-    differences by ``1 - e - alpha``; the Jury conditions on the first and ``|.| < 1`` on the second are linear in e.
-    With ``beta = p alpha`` the upper end solves ``alpha = 2 (2 - e) / (2 + p (2 - e))``.
+    h is a curvature. In Jacobi order the mean replica and the center move by ``[[1-e-alpha, alpha], [beta, 1-beta]]``,
+    the replicas' differences by ``1 - e - alpha``; in Gauss-Seidel order by ``[[q, a], [beta q, 1-beta+beta a]]`` with
+    ``q = (1-e)(1-alpha)``, ``a = (1-e) alpha``, the differences by q. The Jury conditions on the first and ``|.| < 1``
+    on the second are linear in e. With ``beta = p alpha`` the upper end in Jacobi order solves
+    ``alpha = 2 (2 - e) / (2 + p (2 - e))``.
 
     Args:
         num_replicas: p, >= 1.
         moving_rate: alpha, any sign.
         center_rate: beta.
+        order: of the moves.
 
     Returns:
         ``(low, high)``, or None where no step size is stable.
     """
     a, b = moving_rate, center_rate
-    if b == 0:  # the center stays where it is
-        return (max(0.0, -a), 2 - a) if a < 2 else None
     if b < 0:
         return None  # an eigenvalue stays beyond 1
     # Each condition reads: slope * e < bound.
-    conditions = [
-        (-1.0, 0.0),
-        (2 - b, 4 - 2 * a - 2 * b),  # 1 + trace + det > 0
-        (b - 1, a + b),  # det < 1
-        (1 - b, 2 - a - b),  # det > -1
-    ]
-    if num_replicas > 1:
-        conditions += [(1.0, 2 - a), (-1.0, a)]  # the differences between replicas
+    if order == "jacobi":
+        differences = [(1.0, 2 - a), (-1.0, a)]
+        pair = [
+            (2 - b, 4 - 2 * a - 2 * b),  # 1 + trace + det > 0
+            (b - 1, a + b),  # det < 1
+            (1 - b, 2 - a - b),  # det > -1
+        ]
+    else:
+        differences = [(1 - a, 2 - a), (a - 1, a)]
+        det, both = (1 - a) * (1 - b), 2 - 2 * a - b + 2 * a * b  # at e = 0: det, and trace + det - (1 - b)
+        pair = [(both, both + 2 - b), (-det, 1 - det), (det, 1 + det)]
+    # Where b is 0 the center stays where it is, and the mean moves like the differences.
+    conditions = [(-1.0, 0.0), *(pair if b else []), *(differences if num_replicas > 1 or not b else [])]
     low, high = 0.0, float("inf")
     for slope, bound in conditions:
         if slope > 0:
@@ -89,10 +106,17 @@ class EASGD(Algorithm):
 
     Reductions: ``moving_rate=0`` is ``num_replicas`` independent runs; one replica with ``period=1, center_rate=1,
     moving_rate=-m`` is heavy-ball momentum m. Its effective step size is set by the center rate and does not grow with
-    the number of replicas. Extra memory: the force, one vector of the parameters' size.
+    the number of replicas. Extra memory: the force, one vector of the parameters' size; in Gauss-Seidel order a second,
+    the center that was pulled.
     """
 
-    def __init__(self, period: int = 10, moving_rate: float | None = None, center_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        period: int = 10,
+        moving_rate: float | None = None,
+        center_rate: float | None = None,
+        order: Order = "jacobi",
+    ) -> None:
         """Creates the algorithm; nothing is allocated before the first exchange.
 
         Args:
@@ -100,9 +124,10 @@ class EASGD(Algorithm):
                 the number of replicas varies).
             moving_rate: alpha. Default ``center_rate / num_replicas``. Independent of the learning rate's schedule.
             center_rate: beta. Default ``num_replicas * moving_rate`` if that is given, else 0.9 (section 5).
+            order: "jacobi", the paper's, or "gauss_seidel".
 
         Raises:
-            ValueError: ``period`` is not an integer >= 1, or a rate is not finite.
+            ValueError: ``period`` is not an integer >= 1, a rate is not finite, or ``order`` is another.
         """
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ValueError(f"EASGD(period={period!r}): period must be an integer >= 1, in optimizer steps")
@@ -110,10 +135,20 @@ class EASGD(Algorithm):
             is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
             if rate is not None and not (is_number and abs(rate) < float("inf")):
                 raise ValueError(f"EASGD({name}={rate!r}): {name} must be a finite number or None")
+        if order not in ("jacobi", "gauss_seidel"):
+            raise ValueError(f"EASGD(order={order!r}): order must be 'jacobi' or 'gauss_seidel'")
         self.period = period
         self.moving_rate = moving_rate
         self.center_rate = center_rate
-        self._force: Tensor | None = None
+        self.order = order
+        self._buffer: Tensor | None = None
+        self._anchor: Tensor | None = None  # in Gauss-Seidel order: the center that was pulled, and its clock
+        self._read_at = 0
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the next ``step`` adds to the center: one that is due, or in Gauss-Seidel order a period's last."""
+        return self.is_due if self.order == "jacobi" else self.clock % self.period == self.period - 1
 
     def rates(self, num_replicas: int) -> tuple[float, float]:
         """Returns (alpha, beta) as they are with so many replicas."""
@@ -134,7 +169,7 @@ class EASGD(Algorithm):
         """
         alpha, beta = self.rates(num_replicas)
         given = f"{self!r} with {num_replicas} replicas"
-        stable = stable_step_sizes(num_replicas, alpha, beta)
+        stable = stable_step_sizes(num_replicas, alpha, beta, self.order)
         if stable is None:
             raise ValueError(
                 f"{given}: no step size is stable with a moving rate of {alpha:g} and a center rate of {beta:g}; a "
@@ -147,7 +182,7 @@ class EASGD(Algorithm):
                 "directions of smaller curvature diverge",
                 stacklevel=2,
             )
-        if beta > 1:
+        if beta > 1 and self.order == "jacobi":
             warnings.warn(
                 f"{given}: a center rate of {beta:g} is beyond the paper's range (0 to 1): the center overshoots the "
                 f"mean of the replicas and amplifies their noise; {CENTER_RATE} is the default",
@@ -157,29 +192,60 @@ class EASGD(Algorithm):
     def start(self, replica: Replica, center: Center) -> None:
         """Forgets the force of other parameters; see ``Algorithm.start``."""
         super().start(replica, center)
-        self._force = None
+        self._buffer = self._anchor = None
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
         """Performs one iteration of Algorithm 1. Blocks only on an exchange, for the center's last additions."""
+        if self.order == "gauss_seidel":
+            self._step_gauss_seidel(replica, center, local_update)
+            return
         exchange = self.is_due
         if exchange:
             alpha, beta = self.rates(center.num_replicas)
-            # alpha = beta / p unless both are given, but p alpha / p is not alpha in floating point: then, what is
-            # felt and what is received are one tensor.
+            # beta = p alpha unless both are given, but p alpha / p is not alpha in floating point.
             apart = self.moving_rate is not None and self.center_rate is not None
-            rate, gain, pull = (1.0, beta / center.num_replicas, alpha) if apart else (alpha, 1.0, 1.0)
-            x = self._force = replica.read(out=self._force)  # before anything moves
-            force = center.exchange(x, partial(elastic_force_, rate=rate), scale=gain)  # c <- c + alpha (x - c)
+            gain = beta / center.num_replicas if apart else alpha
+            x = self._buffer = replica.read(out=self._buffer)  # before anything moves
+            pending = center.exchange(x, displacement_, scale=gain)  # c <- c + alpha (x - c)
         local_update()  # x <- x - eta g(x), at the x before the elastic move; the exchange goes on beside it
         if exchange:
-            replica.add_(force.wait(), alpha=-pull)  # x <- x - alpha (x_t - c_t)
+            replica.add_(pending.wait(), alpha=-alpha)  # x <- x - alpha (x_t - c_t)
+        self.clock += 1
+
+    def _step_gauss_seidel(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
+        alpha, beta = self.rates(center.num_replicas)
+        is_ending = self.is_ending
+        if self.is_due or self._anchor is None:
+            snapshot = center.pull()
+            self._anchor, self._read_at = snapshot.value.clone(), snapshot.clock
+            self._buffer = replica.read(out=self._buffer).sub_(self._anchor)
+            replica.add_(self._buffer, alpha=-alpha)  # x <- x - alpha (x - c)
+        local_update()  # x <- x - eta g(x)
+        if is_ending:
+            force = self._buffer = replica.read(out=self._buffer)
+            force.sub_(self._anchor).mul_(beta / center.num_replicas)
+            center.push(force, read_at=self._read_at)  # c <- c + beta / p (x - c)
         self.clock += 1
 
     def hyperparameters(self, num_replicas: int) -> dict[str, Any]:
-        """Returns algorithm, period and both rates as they are with so many replicas."""
+        """Returns algorithm, period, both rates in force with so many replicas, and an order other than the paper's."""
         alpha, beta = self.rates(num_replicas)
-        return {**super().hyperparameters(num_replicas), "moving_rate": alpha, "center_rate": beta}
+        order = {} if self.order == "jacobi" else {"order": self.order}
+        return {**super().hyperparameters(num_replicas), "moving_rate": alpha, "center_rate": beta, **order}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the clock; in Gauss-Seidel order the center that was pulled, too."""
+        if self._anchor is None:
+            return super().state_dict()
+        return {**super().state_dict(), "anchor": self._anchor.clone(), "read_at": self._read_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        super().load_state_dict(state)
+        if "anchor" in state:
+            self._anchor, self._read_at = state["anchor"].clone(), int(state["read_at"])
 
     def __repr__(self) -> str:
         """Returns the constructor call."""
-        return f"EASGD(period={self.period}, moving_rate={self.moving_rate}, center_rate={self.center_rate})"
+        order = "" if self.order == "jacobi" else f", order={self.order!r}"
+        return f"EASGD(period={self.period}, moving_rate={self.moving_rate}, center_rate={self.center_rate}{order})"

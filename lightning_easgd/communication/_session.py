@@ -470,7 +470,7 @@ class _ServedSession:
         assert channel is not None
         try:
             serve(channel, self._center, self._terms, self._numel, self._count_sent)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is ends this session, and no other
             channel.cut()
             # Its locks are given back as if it had been killed: the others see that it did not leave of itself.
             self._center.abandon()

@@ -136,12 +136,9 @@ class OpenCenter(ABC):
             TransportError: an exchange that was outstanding could not be completed.
         """
 
+    @abstractmethod
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
-        """Pulls, computes and pushes. See ``Center.exchange``; raises like ``push``."""
-        snapshot = self.pull()
-        delta(x, snapshot.value)
-        self.push(x if scale == 1 else x * scale, read_at=snapshot.clock)
-        return Completed(x)
+        """Reads the center and adds to it as one. See ``Center.exchange``; raises like ``push``."""
 
     @abstractmethod
     def abstain(self) -> None:

@@ -6,15 +6,16 @@ The elastic force of synchronous EASGD needs only the replica's parameters and t
 """
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms._interfaces import Snapshot
+from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Group, Store, Work, new_group
-from lightning_easgd.communication._transport import OpenCenter, Traffic, Transport, TransportError, check_open
+from lightning_easgd.communication._transport import Completed, OpenCenter, Traffic, Transport, TransportError, check_open
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["AllReduce"]
@@ -95,12 +96,21 @@ class _ReplicatedCenter(OpenCenter):
         return Snapshot(self._value, self._clock)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
+        self._add(delta, read_at, 1.0)
+
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        snapshot = self.pull()
+        delta(x, snapshot.value)
+        self._add(x, snapshot.clock, scale)
+        return Completed(x)
+
+    def _add(self, delta: Tensor, read_at: int, scale: float) -> None:
         self._require_open()
         self.drain()
         self._refuse_nonfinite(delta)
         # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
         weight = self._rule.weight(self._clock - read_at)
-        torch.mul(delta, weight, out=self._message[: delta.numel()])
+        torch.mul(delta, scale * weight, out=self._message[: delta.numel()])
         self._launch()
         self.traffic.exchanges += 1
 

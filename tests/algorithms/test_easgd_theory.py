@@ -54,6 +54,51 @@ def radius(matrix: Tensor) -> float:
     return float(torch.linalg.eigvals(matrix).abs().max())
 
 
+def gauss_seidel_map(p: int, e: float, alpha: float, beta: float) -> Tensor:
+    """Returns what one public step in Gauss-Seidel order does to (x^1, ..., x^p, c), as ``linear_map`` does."""
+    unit = torch.eye(p + 1, dtype=F64)
+    replicas = [ParameterVector([unit[i].clone()]) for i in range(p)]
+    center = run_synchronous(
+        [EASGD(1, alpha, beta, order="gauss_seidel") for _ in range(p)],
+        replicas,
+        quadratic_steps(replicas, e),
+        1,
+        center=InProcessCenter(unit[p], p),
+        start=False,
+    )
+    return torch.stack([*(r.read() for r in replicas), center.value])
+
+
+def test_gauss_seidel_order_is_its_pair_matrix():
+    p, e, alpha, beta = 3, 0.1, 0.3, 0.8
+    full = gauss_seidel_map(p, e, alpha, beta)
+    mean = torch.zeros(2, p + 1, dtype=F64)
+    mean[0, :p], mean[1, p] = 1 / p, 1
+    q, a = (1 - e) * (1 - alpha), (1 - e) * alpha
+    pair = torch.tensor([[q, a], [beta * q, 1 - beta + beta * a]], dtype=F64)
+    torch.testing.assert_close(mean @ full, pair @ mean, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [-0.2, 0.0, 0.3, 1.0, 1.4])
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0, 1.9, 4.0])
+@pytest.mark.parametrize("p", [1, 4])
+def test_stable_step_sizes_in_gauss_seidel_order(p, alpha, beta):
+    def rho(e: float) -> float:
+        full = gauss_seidel_map(p, e, alpha, beta)
+        return radius(full[:p, :p] if beta == 0 else full)  # a center that never moves has the eigenvalue 1
+
+    interval = stable_step_sizes(p, alpha, beta, "gauss_seidel")
+    if interval is None:
+        assert all(rho(e) >= 1 - 1e-9 for e in (1e-3, 1e-2, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0))
+        return
+    low, high = interval
+    assert all(rho(low + f * (min(high, 50) - low)) < 1 for f in (0.01, 0.3, 0.7, 0.99))
+    if high < math.inf:
+        assert rho(high + 0.01 * (high - low)) > 1
+    if low > 0 or beta > 0:  # a center that never moves holds replicas on a negative curvature, too
+        assert rho(low - 0.01 * (min(high, 50) - low)) > 1
+
+
 def test_linear_map_is_equations_5_and_6():
     p, e, alpha = 3, 0.1, 0.2
     expected = torch.diag(torch.tensor([1 - e - alpha] * p + [1 - p * alpha], dtype=F64))

@@ -126,8 +126,8 @@ class Halving(CenterRule):
     def weight(self, staleness: int) -> float:
         return 0.5
 
-    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor) -> None:
-        center.add_(delta)
+    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor, alpha: float = 1.0) -> None:
+        center.add_(delta, alpha=alpha)
 
 
 @pytest.mark.parametrize("by_exchange", [False, True])
@@ -156,8 +156,8 @@ class ByStaleness(CenterRule):
         self.asked.append(staleness)
         return 1 / (1 + staleness)
 
-    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor) -> None:
-        center.add_(delta)
+    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor, alpha: float = 1.0) -> None:
+        center.add_(delta, alpha=alpha)
 
 
 def test_staleness_counts_the_additions_since_the_reading(transport):
@@ -370,8 +370,8 @@ class Momentum(CenterRule):
     def weight(self, staleness: int) -> float:
         return 1.0
 
-    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor) -> None:
-        center.add_(memory[0].mul_(0.5).add_(delta))
+    def apply_(self, center: torch.Tensor, delta: torch.Tensor, *memory: torch.Tensor, alpha: float = 1.0) -> None:
+        center.add_(memory[0].mul_(0.5).add_(delta, alpha=alpha))
 
 
 def test_a_restored_center_goes_on_as_if_it_had_never_stopped(transport):

@@ -1,0 +1,85 @@
+"""The loop of all methods whose replicas begin a period at the center and push what they have done in it.
+
+Every ``period`` steps::
+
+    x^i <- c                                     pull; a^i is the center that was pulled, the anchor
+    x^i <- x^i - eta g^i(x^i)   period times     the module's optimizer, whatever it is
+    c   <- rule(c, gain (x^i - a^i))             push
+
+They differ in the gain (1 for DOWNPOUR, 1/tau for AGN, 1/p for local SGD) and in what the center does with a delta.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+
+__all__ = ["Accumulation", "require_period"]
+
+
+def require_period(owner: str, period: int) -> int:
+    """Returns ``period``; raises ``ValueError`` unless it is an integer >= 1."""
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"{owner}(period={period!r}): period must be an integer >= 1, in optimizer steps")
+    return period
+
+
+class Accumulation(Algorithm):
+    """The loop above. Abstract; extra memory: the anchor and what is pushed, two vectors of the parameters' size.
+
+    The push is the last thing in a period and the pull the first in the next, so that over a synchronous center the
+    all-reduce goes on beside whatever lies between two steps, and that after a whole number of periods the center
+    contains all that was done.
+    """
+
+    def __init__(self, period: int) -> None:
+        self.period = require_period(type(self).__name__, period)
+        self._anchor: Tensor | None = None
+        self._read_at = 0
+        self._delta: Tensor | None = None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the next ``step`` is the last of a period and pushes."""
+        return self.clock % self.period == self.period - 1
+
+    @abstractmethod
+    def gain(self, num_replicas: int) -> float:
+        """Returns the factor of what is pushed."""
+
+    def start(self, replica: Replica, center: Center) -> None:
+        """Forgets what was accumulated: the next step begins at the center. See ``Algorithm.start``."""
+        super().start(replica, center)
+        self._anchor = self._delta = None
+
+    def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
+        """Performs one iteration. Blocks only at the begin of a period, for the center."""
+        is_ending = self.is_ending
+        if self.is_due or self._anchor is None:
+            snapshot = center.pull()
+            self._anchor, self._read_at = snapshot.value.clone(), snapshot.clock
+            replica.write_(self._anchor)  # x <- c
+        local_update()  # x <- x - eta g(x)
+        if is_ending:
+            self._delta = replica.read(out=self._delta).sub_(self._anchor)
+            gain = self.gain(center.num_replicas)
+            center.push(self._delta if gain == 1 else self._delta.mul_(gain), read_at=self._read_at)
+        self.clock += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns clock and anchor."""
+        anchor = None if self._anchor is None else self._anchor.clone()
+        return {**super().state_dict(), "anchor": anchor, "read_at": self._read_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+        super().load_state_dict(state)
+        self._anchor = None if state["anchor"] is None else state["anchor"].clone()
+        self._read_at = int(state["read_at"])
+
+    def __repr__(self) -> str:
+        """Returns the constructor call."""
+        return f"{type(self).__name__}(period={self.period})"
