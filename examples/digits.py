@@ -32,7 +32,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-
 class DigitClassifier(LightningModule):
     """A small convolutional network. It knows nothing of elastic averaging."""
 

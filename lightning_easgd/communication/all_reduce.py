@@ -15,7 +15,14 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Group, Store, Work, new_group
-from lightning_easgd.communication._transport import Completed, OpenCenter, Traffic, Transport, TransportError, check_open
+from lightning_easgd.communication._transport import (
+    Completed,
+    OpenCenter,
+    Traffic,
+    Transport,
+    TransportError,
+    check_open,
+)
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["AllReduce"]
