@@ -72,6 +72,7 @@ class DynamicData:
         self._sampler: DynamicSampler | None = None
         self._num_loaders = self._num_loaders_before = 0
         self._is_training = self._has_resumed = False
+        self._done_by_all: int | None = None  # of the epoch that a checkpoint was taken in
         self._clock = (-1, 0)  # an epoch, and how many batches of an even share its schedulers have followed
 
         connector, fit_loop = trainer._data_connector, trainer.fit_loop
@@ -104,13 +105,21 @@ class DynamicData:
                 yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the schedules are in the shared epoch."""
-        return {"clock": self._clock}
+        """Returns where the schedules are in the shared epoch, and how many of its batches all replicas have done."""
+        has_begun = self._sampler is not None and self._sampler.draws is not None
+        return {"clock": self._clock, "done": self._draws.done_by_all(self._used) if has_begun else 0}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
+    def load_state_dict(self, state: dict[str, Any], *, of_all: bool = False) -> None:
+        """Restores what ``state_dict`` returned.
+
+        Args:
+            state: of this replica, or of another one.
+            of_all: whether every replica gets the same state, which then says where in the epoch all are; else each
+                says how much it has done itself.
+        """
         epoch, clock = state["clock"]
         self._clock = (epoch, clock)
+        self._done_by_all = int(state["done"]) if of_all else None
 
     # --- the loader -------------------------------------------------------------------------------------------------
 
@@ -197,7 +206,8 @@ class DynamicData:
         if all(ended == "1" for _, ended in replicas):
             return
         sampler.set_epoch(fit_loop.epoch_progress.current.processed)
-        sampler.resume(sampler.epoch, sum(int(done) for done, _ in replicas))
+        own = sum(int(done) for done, _ in replicas)
+        sampler.resume(sampler.epoch, own if self._done_by_all is None else self._done_by_all)
         iter(fit_loop._data_fetcher)
 
     def _set_lengths(self, done: int = 0) -> None:

@@ -2,11 +2,14 @@
 
 Over an asynchronous center replicas make different numbers of steps. Inside an epoch each answers Lightning's questions
 to all ranks by itself; what one decides travels through the rendezvous and reaches the others at their next step. An
-evaluation and the end of an epoch are meetings, where all have the same center.
+evaluation and the end of an epoch are meetings: all have the same center until they part again, and who waits to part
+writes its file of a checkpoint when replica 0 saves one. What is saved, and when, replica 0 alone decides: a decision
+by the number of steps differs between replicas.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import json
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from lightning_easgd._coupling import Coupling
@@ -20,6 +23,8 @@ EVALUATION, END_OF_EPOCH, END_OF_TRAINING = "an evaluation", "the end of an epoc
 STOP = "a request to stop"
 # Who is ahead waits until the others are there too; who is behind leaves its evaluation out.
 _AHEAD = {END_OF_EPOCH: 1, END_OF_TRAINING: 2}
+_LOOK_S = 0.01  # between two looks at the store
+_FAREWELL_S = 5.0
 
 
 class StoppedByAnother(Exception):
@@ -38,6 +43,7 @@ class FreeRunning:
 
     Attributes:
         is_free: whether this replica is inside a training epoch, where nothing may wait for another.
+        at_rest: whether all replicas have met and not parted yet: the center is the same for all, and does not move.
         ending: whether some replica said at a meeting that it is to end training.
     """
 
@@ -50,25 +56,19 @@ class FreeRunning:
         num_replicas: int,
         timeout: timedelta,
     ) -> None:
-        self.is_free = self.ending = False
+        self.is_free = self.at_rest = self.ending = False
+        self._replica, self._num_replicas = replica, num_replicas
+        self._num_saves = 0
         self._couplings, self._rendezvous = couplings, rendezvous
+        self._store = PrefixStore("meetings", rendezvous.store)
         self._meetings = Meetings(
-            PrefixStore("meetings", rendezvous.store),
+            self._store,
             replica=replica,
             num_replicas=num_replicas,
             timeout=timeout,
             progress=rendezvous.progress_of_all,
             check=rendezvous.raise_if_failed,
         )
-
-    @contextmanager
-    def at_meeting(self) -> Iterator[None]:
-        """Keeps what happens in it, between meetings, from counting as inside an epoch."""
-        was_free, self.is_free = self.is_free, False
-        try:
-            yield
-        finally:
-            self.is_free = was_free
 
     def meet(self, reason: str, *, ending: bool = False) -> bool:
         """Waits for all replicas; all of them then have the same center, and nothing is outstanding. Collective.
@@ -108,10 +108,63 @@ class FreeRunning:
         for coupling in self._couplings:
             coupling.refresh()
         self._meetings.meet("reading the center")  # nobody adds before all have read
+        self.at_rest = True
         if STOP in reasons and reason != STOP:
             raise StoppedByAnother
         self._begin_round()
         return True
+
+    def part(self, write: Callable[[str, str], None], *, stop: bool = False, for_good: bool = False) -> bool:
+        """Waits until all replicas have done what they met for. Collective and blocking.
+
+        Args:
+            write: ``write(path, save)`` writes this replica's file of a checkpoint; called when replica 0 saves one.
+            stop: whether this process was asked to stop.
+            for_good: whether this is the last that the replicas have to do with each other. Replica 0, with whose
+                process the store ends, then waits a moment until the others have left.
+
+        Returns:
+            Whether some replica was asked to stop.
+        """
+        self.is_free = False
+        said = self._meetings.meet(STOP if stop else "parting", idle=lambda: self.serve(write))
+        self.at_rest = False
+        if for_good and self._replica > 0:
+            self._store.set(f"left/{self._replica}", "")
+        elif for_good:
+            others = [f"left/{replica}" for replica in range(1, self._num_replicas)]
+            began = time.monotonic()
+            while not self._store.check(others) and time.monotonic() - began < _FAREWELL_S:
+                time.sleep(_LOOK_S)
+        return STOP in said
+
+    def serve(self, write: Callable[[str, str], None], *, wait: bool = False) -> None:
+        """Writes this replica's file if replica 0 is saving a checkpoint; with ``wait``, when it does."""
+        if self._replica == 0:
+            return
+        key = f"saves/{self._num_saves + 1}"
+        while not self._store.check([key]):
+            if not wait:
+                return
+            self._rendezvous.raise_if_failed()
+            time.sleep(_LOOK_S)
+        self._num_saves += 1
+        path, save = json.loads(self._store.get(key))
+        write(path, save)
+        self._store.set(f"{key}/{self._replica}", "")
+
+    def request_files(self, path: str, save: str) -> None:
+        """In replica 0: has all others write their file of a checkpoint, and waits for that. They are, or come, here.
+
+        Raises:
+            RuntimeError: another process failed meanwhile.
+        """
+        self._num_saves += 1
+        key = f"saves/{self._num_saves}"
+        self._store.set(key, json.dumps([path, save]))
+        while not self._store.check([f"{key}/{replica}" for replica in range(1, self._num_replicas)]):
+            self._rendezvous.raise_if_failed()
+            time.sleep(_LOOK_S)
 
     def _begin_round(self) -> None:
         for coupling in self._couplings:

@@ -93,6 +93,11 @@ class Draws:
         in_advance = self.handed_out + (self._held is not None) - used
         return max(0, -(-self._drawn_by_all // self._num_replicas) - in_advance)
 
+    def done_by_all(self, used: int) -> int:
+        """Returns how many batches all replicas have used by now, as far as this one knows; see ``even_share``."""
+        in_advance = self.handed_out + (self._held is not None) - used
+        return max(used, self._drawn_by_all - self._num_replicas * in_advance)
+
     def _look(self) -> int | None:
         if self._held is None and not self.exhausted:
             number = self._reserved - 1 + (self._add() if self._request is None else self._request.result())

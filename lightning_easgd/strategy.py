@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -178,7 +178,9 @@ class ElasticStrategy(_DDPStrategy):
         self._rendezvous: Rendezvous | None = None
         self._dynamic: DynamicData | None = None  # with data="dynamic"
         self._free_running: FreeRunning | None = None  # over an asynchronous transport
-        self._paths_of_0: dict[str, str] = {}  # a checkpoint's path here -> in replica 0, whose steps are others
+        self._is_leading = False  # replica 0 alone does something that others take part in when they wait
+        self._dump: dict[str, Any] | None = None  # what this replica would write of a checkpoint
+        self._saves: dict[str, str] = {}  # a checkpoint's path -> its last save that this replica wrote its file of
         self._cleanup = ExitStack()
         self._trainer: Trainer | None = None
         self._stop_seen_at: float | None = None
@@ -186,6 +188,7 @@ class ElasticStrategy(_DDPStrategy):
         self._report_every = 0
         self._generation = 0
         self._resumed: dict[str, Any] | None = None  # this replica's part of the checkpoint, until training goes on
+        self._resumed_data: dict[str, Any] | None = None  # where in a shared epoch the checkpoint was taken
         self._fresh_optimizers = False
         self._rng_to_go_on_with: dict[str, Any] = {}
         self._epoch_rng: dict[str, Any] | None = None  # the random state with which this epoch's data began
@@ -323,6 +326,8 @@ class ElasticStrategy(_DDPStrategy):
                 ahead=self.num_nodes > 1,
             )
             self._cleanup.callback(self._dynamic.close)
+            if self._resumed_data is not None:
+                self._dynamic.load_state_dict(self._resumed_data, of_all=True)
 
     def _open_rendezvous(self) -> Rendezvous:
         assert self.cluster_environment is not None
@@ -397,7 +402,7 @@ class ElasticStrategy(_DDPStrategy):
                 )
             self.couplings.append(coupling)
             self._by_optimizer[id(self.optimizers[index])] = coupling
-        if not self.transport.synchronous and self.num_replicas > 1:
+        if not self.transport.synchronous:
             self._free_running = FreeRunning(
                 self.couplings,
                 self._rendezvous,
@@ -472,10 +477,53 @@ class ElasticStrategy(_DDPStrategy):
             # A time limit broadcasts at every batch, where replicas with more batches than rank 0 would wait for good.
             if "Timer" in (kind.__name__ for kind in type(callback).__mro__) and hasattr(callback, "time_elapsed"):
                 self._patch(callback, "on_train_batch_end", partial(self._check_time, callback))
+        if self._free_running is not None:
+            for callback in vars(trainer)["callbacks"]:
+                if "Checkpoint" in (kind.__name__ for kind in type(callback).__mro__):
+                    self._let_0_decide(callback)
         self._patch(fit_loop, "setup_data", partial(self._set_up_data, trainer, fit_loop.setup_data))
         self._patch(epoch_loop, "on_run_start", partial(self._start_epoch, trainer, epoch_loop.on_run_start))
         # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
         self._patch(fit_loop, "on_run_end", partial(self._end_training, fit_loop.on_run_end))
+
+    def _let_0_decide(self, callback: Any) -> None:
+        """Makes a callback that saves checkpoints act in replica 0 alone, without a question to the others."""
+        for name in ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end", "on_exception"):
+            if hasattr(callback, name):
+                hook = partial(self._lead, getattr(callback, name)) if self.is_global_zero else self._follow
+                self._patch(callback, name, hook)
+
+    def _lead(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before, self._is_leading = self._is_leading, True
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            self._is_leading = before
+
+    def _follow(self, *_: Any, **__: Any) -> None:
+        """Keeps what this replica would write if replica 0 saved a checkpoint in the same hook."""
+        assert self._trainer is not None
+        assert self._free_running is not None
+        if self._free_running.at_rest:
+            self._dump = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+    def _write_replica_file(self, path: str, save: str) -> None:
+        """As replica 0 asks for it, while this replica waits."""
+        assert self._trainer is not None
+        dump = self._dump or self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        before = self._saves.get(path)
+        if before is not None:  # replica 0 does not see another host's
+            ReplicaFile.remove(path, replica=self.replica, but=before)
+        self._saves[path] = save
+        ReplicaFile(path, save, self.replica).write(dump, self._own_state(), self.num_replicas)
+
+    def _part(self, *, for_good: bool = False) -> None:
+        """Ends what the replicas of an asynchronous run have met for, and stops all if one was asked to stop."""
+        assert self._free_running is not None
+        if self._free_running.part(self._write_replica_file, stop=self._is_asked_to_stop, for_good=for_good):
+            self._stopped_together = True
+            self._set_received_sigterm()
+        self._dump = None
 
     def _patch(self, owner: object, name: str, value: Callable[..., Any]) -> None:
         """Hides a method of one object by ``value`` until teardown."""
@@ -544,11 +592,15 @@ class ElasticStrategy(_DDPStrategy):
         # A vote that all have read stops all at the same exchange. Where none comes for long, meeting does it.
         waited = time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S
         if coupling.stop_votes or waited or self._free_running is not None:
-            self._meet(STOP)
             if self._free_running is not None:
                 self._free_running.is_free = False
+            self._meet(STOP)
             self._stopped_together = True
             self._set_received_sigterm()
+
+    @property
+    def _is_asked_to_stop(self) -> bool:
+        return self._rendezvous is not None and self._rendezvous.stop_requested
 
     @property
     def _is_free(self) -> bool:
@@ -607,13 +659,11 @@ class ElasticStrategy(_DDPStrategy):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
-            if self._rendezvous.stop_requested:
-                self._set_received_sigterm()  # nothing is outstanding while evaluating: each may stop where it is
         return super().validation_step(*args, **kwargs)
 
     # --- meeting points ---------------------------------------------------------------------------------------------
 
-    def _meet(self, reason: str, *, for_center: bool = False) -> bool:
+    def _meet(self, reason: str, *, for_center: bool = False, ending: bool = False) -> bool:
         """Waits for all replicas, and completes what is outstanding. Collective and blocking.
 
         A replica that is here while others still train takes its turn in their exchanges without adding anything;
@@ -622,16 +672,17 @@ class ElasticStrategy(_DDPStrategy):
 
         Args:
             reason: what comes next; see ``FreeRunning.meet``.
-            for_center: whether the center's buffers are wanted too.
+            for_center: whether the center's buffers are wanted too; over an asynchronous center they always are.
+            ending: whether training ends for all with this.
 
         Returns:
             Whether all met for this reason; a synchronous center's replicas take that for granted.
         """
         if self._free_running is not None:
             try:
-                together = self._free_running.meet(reason, ending=self._is_ending)
+                together = self._free_running.meet(reason, ending=ending or self._is_ending)
             except StoppedByAnother:
-                self._free_running.is_free = False
+                self._gather_buffers()
                 self._stopped_together = True
                 self._set_received_sigterm()
                 raise self._sigterm_exception() from None
@@ -646,10 +697,14 @@ class ElasticStrategy(_DDPStrategy):
                 list(pool.map(self._settle, self.couplings))
         if self._trainer is not None and any(coupling.ended for coupling in self.couplings):
             self._trainer.should_stop = True
-        if for_center and self._buffers is not None:
+        if for_center or self._free_running is not None:
+            self._gather_buffers()
+        return True
+
+    def _gather_buffers(self) -> None:
+        if self._buffers is not None:
             self._buffers.gather()
             self._center_is_new = True
-        return True
 
     @staticmethod
     def _settle(coupling: Coupling) -> None:
@@ -658,15 +713,37 @@ class ElasticStrategy(_DDPStrategy):
             coupling.abstain()
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
-        with self._at_meeting():
-            if not self._meet(EVALUATION, for_center=self.evaluate == "center"):
-                log.warning("replica %d leaves an evaluation out: others have ended their epoch already", self.replica)
-                return []
-            with self._holding(self.evaluate):
-                return run()
+        if self._free_running is not None:
+            return self._evaluate_between(self._free_running, run)
+        self._meet(EVALUATION, for_center=self.evaluate == "center")
+        with self._holding(self.evaluate):
+            result = run()
+        if self._group is not None:  # a signal has come to all by now, or to none
+            asked = torch.tensor([float(self._is_asked_to_stop)], device=self.root_device)
+            self._group.allreduce([asked]).wait()
+            if asked > 0:
+                self._stopped_together = True
+                self._set_received_sigterm()
+        return result
 
-    def _at_meeting(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._free_running is None else self._free_running.at_meeting()
+    def _evaluate_between(self, free_running: FreeRunning, run: Callable[[], Any]) -> Any:
+        was_free, free_running.is_free = free_running.is_free, False
+        if not self._meet(EVALUATION):
+            log.warning("replica %d leaves an evaluation out: others have ended their epoch already", self.replica)
+            free_running.is_free = was_free
+            return []
+        with self._holding(self.evaluate):
+            result = run()
+        self._part()
+        if was_free and not self._stopped_together:
+            self._go_free(free_running)
+        return result
+
+    def _go_free(self, free_running: FreeRunning) -> None:
+        if self._buffers is not None:
+            self._buffers.forget()  # nobody gathers them meanwhile
+        free_running.at_rest = False
+        free_running.is_free = self.num_replicas > 1
 
     def _end_epoch(self, on_advance_end: Callable[[], None]) -> None:
         if self._free_running is None:
@@ -676,20 +753,43 @@ class ElasticStrategy(_DDPStrategy):
         assert self._trainer is not None
         assert self._rendezvous is not None
         self._free_running.is_free = False
-        used_up = self.data == "dynamic" and 0 <= self._trainer.max_steps <= self._trainer.global_step
-        if self._trainer.should_stop or used_up:  # or the others would do what is left of a shared epoch too
-            self._rendezvous.request_end()
-        if not self._meet(END_OF_EPOCH):
+        has_used_up = 0 <= self._trainer.max_steps <= self._trainer.global_step
+        if self._trainer.should_stop or (has_used_up and self.data == "dynamic"):
+            self._rendezvous.request_end()  # or the others would do what is left of a shared epoch
+        # What comes is collective, so that nobody may go on alone: who has made all its steps ends training for all.
+        if not self._meet(END_OF_EPOCH, ending=has_used_up):
             log.warning("replica %d goes on while others have ended training", self.replica)
             self._free_running.is_free = True
+            on_advance_end()
+            return
         on_advance_end()
+        self._part()
 
     def _end_training(self, on_run_end: Callable[[], None]) -> None:
+        if self._free_running is not None:
+            self._meet(END_OF_TRAINING)
+            self._hold("center")
+            on_run_end()
+            self._part()
+            self._share_checkpoints()
+            self.barrier()
+            if self._rendezvous is not None:
+                self._rendezvous.retire()
+            return
         self._meet(END_OF_TRAINING, for_center=True)
         assert self._rendezvous is not None
         self._rendezvous.retire()  # from here on a peer may end before this process does
         self._hold("center")
         on_run_end()
+
+    def _share_checkpoints(self) -> None:
+        """Tells all what replica 0's callbacks have saved: ``ckpt_path="best"`` names one file. Collective."""
+        assert self._trainer is not None
+        for callback in vars(self._trainer)["callbacks"]:
+            if "ModelCheckpoint" in (kind.__name__ for kind in type(callback).__mro__):
+                state = self.broadcast(callback.state_dict())
+                if not self.is_global_zero:
+                    callback.load_state_dict(state)
 
     # --- whose weights the module holds -----------------------------------------------------------------------------
 
@@ -698,9 +798,10 @@ class ElasticStrategy(_DDPStrategy):
         """Puts the center's or this replica's weights and buffers into the module, and then what was there.
 
         Collective while fitting: all ranks must enter it at the same point of the loop. Blocks for an outstanding
-        exchange. Inside an epoch over an asynchronous transport it is each rank's own: the center as it is at the
-        moment, with the replica's own buffers. Outside of ``fit`` the module is the only copy and stays as it is. After
-        training has ended, in ``on_train_end``, the module holds the center and this gives the replica once more.
+        exchange. Over an asynchronous transport it is each rank's own and waits for nobody: the center as it is at the
+        moment, inside an epoch with the replica's own buffers. Outside of ``fit`` the module is the only copy and stays
+        as it is. After training has ended, in ``on_train_end``, the module holds the center and this gives the replica
+        once more.
 
         Raises:
             ValueError: ``whose`` is neither.
@@ -708,16 +809,16 @@ class ElasticStrategy(_DDPStrategy):
         if whose not in ("center", "replica"):
             raise ValueError(f"weights_of({whose!r}): must be 'center' or 'replica'")
         if whose == "center" and not self._holds_center:
-            self._obtain_center("weights_of('center')")
+            self._obtain_center()
         with self._holding(whose):
             yield
 
-    def _obtain_center(self, reason: str) -> None:
-        if self._is_free:
+    def _obtain_center(self) -> None:
+        if self._free_running is None:
+            self._meet("", for_center=True)
+        elif not self._free_running.at_rest:
             for coupling in self.couplings:
                 coupling.refresh()
-        else:
-            self._meet(reason, for_center=True)
 
     @contextmanager
     def _holding(self, whose: str) -> Iterator[None]:
@@ -762,15 +863,16 @@ class ElasticStrategy(_DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the center's state dict: a copy on global rank zero, which writes it.
 
-        Collective while fitting, except inside an epoch over an asynchronous transport.
+        Collective while fitting over a synchronous transport.
         """
-        if self._holds_center or self._buffers is None or (self._is_free and not self.is_global_zero):
+        follows = self._free_running is not None and not self.is_global_zero
+        if self._holds_center or self._buffers is None or follows:
             state: dict[str, Any] = super().lightning_module_state_dict()
             return state
         if self._interrupted:
             self._last_drain()
         else:
-            self._obtain_center("a checkpoint")
+            self._obtain_center()
         with self._holding("center"):
             state = super().lightning_module_state_dict()
             if not self.is_global_zero:
@@ -781,12 +883,11 @@ class ElasticStrategy(_DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes the replica's file, then, on global rank zero, the checkpoint. Collective while fitting.
 
-        Inside an epoch over an asynchronous transport replica 0 alone writes the center, whatever the others do.
+        Over an asynchronous transport replica 0 alone decides; between a meeting and its end it has the others write
+        their files, elsewhere it writes the center alone.
         """
-        if self._is_free:
-            if self.is_global_zero:
-                checkpoint[KEY] = {"save": None, "num_replicas": self.num_replicas}
-                super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        if self._free_running is not None and not self._interrupted:
+            self._save_from_0(self._free_running, checkpoint, filepath, storage_options)
             return
         exact = bool(self.couplings) and "optimizer_states" in checkpoint and not self._interrupted
         if exact and "://" in str(filepath):
@@ -795,24 +896,40 @@ class ElasticStrategy(_DDPStrategy):
         if not exact:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
-        save, path = self.broadcast((uuid.uuid4().hex[:8], str(filepath)))
-        self._paths_of_0[str(filepath)] = path
-        ReplicaFile(path, save, self.replica).write(checkpoint, self._own_state(), self.num_replicas)
+        save = self.broadcast(uuid.uuid4().hex[:8])
+        ReplicaFile(filepath, save, self.replica).write(checkpoint, self._own_state(), self.num_replicas)
         self.barrier()  # the checkpoint refers to all files
         checkpoint[KEY] = {"save": save, "num_replicas": self.num_replicas}
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         if type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":  # which has not written yet
             self.barrier()
-            ReplicaFile.remove(path, replica=self.replica, but=save)
+            ReplicaFile.remove(filepath, replica=self.replica, but=save)
+
+    def _save_from_0(
+        self, free_running: FreeRunning, checkpoint: dict[str, Any], filepath: Any, storage_options: Any
+    ) -> None:
+        is_local, path = "://" not in str(filepath), str(filepath)
+        with_files = (free_running.at_rest or self.num_replicas == 1) and is_local and "optimizer_states" in checkpoint
+        if not self.is_global_zero:
+            if with_files:  # all were asked to save, by the user
+                free_running.serve(self._write_replica_file, wait=True)
+            return
+        saved: dict[str, Any] = {"save": None, "num_replicas": self.num_replicas}
+        if with_files:
+            saved["save"] = uuid.uuid4().hex[:8]
+            ReplicaFile(path, saved["save"], 0).write(checkpoint, self._own_state(), self.num_replicas)
+            free_running.request_files(path, saved["save"])
+        elif self._dynamic is not None:
+            saved["data"] = self._dynamic.state_dict()
+        super().save_checkpoint({**checkpoint, KEY: saved}, filepath, storage_options=storage_options)
+        if with_files and type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":
+            ReplicaFile.remove(path, but=saved["save"])
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self._is_free and not self.is_global_zero:
-            return  # nor has it saved any
         super().remove_checkpoint(filepath)
         if "://" not in str(filepath):
-            path = self._paths_of_0.pop(str(filepath), filepath)
-            ReplicaFile.remove(path, replica=None if self.is_global_zero else self.replica)
+            ReplicaFile.remove(filepath, replica=None if self.is_global_zero else self.replica)
 
     def _own_state(self) -> dict[str, Any]:
         assert self._buffers is not None
@@ -837,10 +954,12 @@ class ElasticStrategy(_DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         self._resumed, self._fresh_optimizers = None, False
+        self._resumed_data = None
         if self._module.trainer.state.fn != "fit":
             return checkpoint
         saved = checkpoint.get(KEY)
         no_files = saved is None or saved["save"] is None
+        self._resumed_data = None if saved is None else saved.get("data")
         if saved is None or no_files or self.resume == "center" or saved["num_replicas"] != self.num_replicas:
             # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
             self._fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
@@ -921,14 +1040,15 @@ class ElasticStrategy(_DDPStrategy):
             on_run_start(data_fetcher)
             if self._resumed is not None:
                 set_rng_state(self._rng_to_go_on_with)
-        if self._free_running is not None and self._buffers is not None:
-            self._buffers.forget()  # inside the epoch nobody gathers them
-            self._free_running.is_free = True
+        if self._free_running is not None:
+            self._go_free(self._free_running)
 
     def _last_drain(self) -> None:
         for coupling in self.couplings:
             try:
                 coupling.drain(_LAST_DRAIN)
+                if self._free_running is not None:
+                    coupling.refresh()
             except TransportError as error:
                 log.warning("saving the center as it was before the last exchange: %s", error)
 
@@ -944,7 +1064,7 @@ class ElasticStrategy(_DDPStrategy):
 
     @property
     def _is_alone(self) -> bool:
-        return self._interrupted or self._is_free
+        return self._interrupted or self._is_free or self._is_leading
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -975,6 +1095,8 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if self._stopped_together and self._free_running is not None and self._free_running.at_rest:
+            self._part(for_good=True)  # replica 0 may have saved a checkpoint
         if self._rendezvous is not None and type(exception).__name__ != "SIGTERMException":
             first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
             if first is not None and first not in str(exception):
@@ -991,7 +1113,8 @@ class ElasticStrategy(_DDPStrategy):
             self._holds_center = False
             self._by_optimizer.clear()
             self._rendezvous = self._free_running = self._dynamic = None
-            self._paths_of_0.clear()
+            self._saves.clear()
+            self._dump = None
             self._stop_seen_at = None
             self._stopped_together = False
             self._resumed = self._epoch_rng = None

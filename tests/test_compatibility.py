@@ -107,7 +107,11 @@ class Probe(Callback):
                 self.pushes[_index] += 1
                 return _push(*args, **kwargs)
 
-            coupling.center.push = push
+            def exchange(*args, _index=index, _exchange=coupling.center.exchange, **kwargs):
+                self.pushes[_index] += 1
+                return _exchange(*args, **kwargs)
+
+            coupling.center.push, coupling.center.exchange = push, exchange
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if isinstance(outputs, dict) and "loss" in outputs:

@@ -126,3 +126,44 @@ def test_a_silent_death_over_an_asynchronous_center(tmp_path):
     replicas, _, began = _run(tmp_path, misbehave="die", culprit=1, transport=SharedMemory())
     codes = _check(tmp_path, replicas, began)
     assert codes == [1, 9]
+
+
+def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> None:
+    """Sends SIGTERM to the process of replica 0: while it evaluates, or while replica 1 waits for it to evaluate."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    class Signal(modules.pytorch_lightning.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            if where == "evaluating" and replica == 0 and trainer.current_epoch == 1 and batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if where == "others evaluate" and replica == 0 and trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if where == "others evaluate" and replica == 0:
+                time.sleep(0.1)  # computes slowly
+
+    checkpoint = ModelCheckpoint(folder, filename="last", save_on_exception=True, every_n_epochs=10**6)
+    trainer(
+        strategy=EASGDStrategy(EASGD(period=2), transport),
+        max_epochs=10**6,
+        callbacks=[Signal(), checkpoint],
+        enable_checkpointing=True,
+    ).fit(Regression(), loader(), loader(64))
+
+
+@pytest.mark.parametrize(
+    ("transport", "where"),
+    [(None, "evaluating"), (SharedMemory(), "evaluating"), (SharedMemory(), "others evaluate")],
+    ids=str,
+)
+def test_sigterm_at_an_evaluation_ends_all_and_saves(tmp_path, transport, where):
+    replicas = Replicas(_train_and_signal, 2, str(tmp_path), transport, where, timeout=100)
+    assert replicas.join() == [0, 0], replicas.error(0) + replicas.error(1)
+    assert all("SIGTERMException" in replicas.error(r) for r in range(2))
+    saved = list(tmp_path.glob("*.ckpt"))
+    assert saved
+    state = torch.load(saved[0], weights_only=False)
+    assert len(list(tmp_path.glob(f"*.{state['lightning_easgd']['save']}.replica-*"))) == 2

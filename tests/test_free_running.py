@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -345,3 +346,109 @@ def _in_callback(replica: int) -> Any:
 
 def test_a_callback_may_look_at_the_center_whenever_it_likes():
     assert run_replicas(_in_callback, 2) == [4, 3]
+
+
+def _checkpointed(replica: int, folder: str, kwargs: dict[str, Any], batches: tuple[int, int]) -> dict[str, Any]:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    recorder, checkpoint = Recorder(), ModelCheckpoint(folder, **kwargs)
+    t = trainer(strategy=strategy(), callbacks=[recorder, checkpoint], enable_checkpointing=True, max_epochs=2)
+    t.fit(Regression(), DataLoader(Stream(dict(enumerate(batches))), batch_size=1), loader(32))
+    t.test(Regression(), loader(32), ckpt_path="best" if checkpoint.best_model_path else None)
+    return {"center": recorder.center, "best": checkpoint.best_model_path, "metrics": t.callback_metrics}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "batches"),
+    [
+        ({"monitor": "val_loss", "save_top_k": 2}, (20, 13)),
+        ({"every_n_train_steps": 5, "save_last": "link"}, (20, 13)),
+        ({"every_n_train_steps": 5, "monitor": "val_loss", "save_on_train_epoch_end": False}, (5, 3)),
+        ({"every_n_train_steps": 15, "save_last": True}, (20, 6)),
+    ],
+    ids=str,
+)
+def test_replica_0_alone_decides_what_is_saved(tmp_path, kwargs, batches):
+    """Whatever a callback makes of a number of steps that only replica 0 has; afterwards all know the best one."""
+    one, two = run_replicas(_checkpointed, 2, str(tmp_path), kwargs, batches)
+    assert one["best"] == two["best"]
+    assert Path(one["best"]).exists()
+    assert torch.equal(one["center"], two["center"])
+    assert torch.equal(one["metrics"]["test_loss"], two["metrics"]["test_loss"])
+
+
+def _alone(replica: int, folder: str) -> Any:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    recorder = Recorder()
+    t = trainer(
+        strategy="easgd_async",
+        devices=1,
+        callbacks=[recorder, ModelCheckpoint(folder, every_n_train_steps=3, filename="{step}", save_top_k=-1)],
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
+    t.fit(Regression(), loader(), loader(32))
+    again = Recorder()
+    t = trainer(strategy="easgd_async", devices=1, callbacks=[again], max_epochs=2)
+    t.fit(Regression(), loader(), loader(32), ckpt_path=f"{folder}/step=21.ckpt")
+    return recorder.center, again.center
+
+
+def test_one_replica_trains_saves_and_resumes_to_the_last_bit(tmp_path):
+    [(center, again)] = run_replicas(_alone, 1, str(tmp_path))
+    assert torch.equal(center, again)
+
+
+def _end_apart(replica: int) -> Any:
+    from torchmetrics import MeanMetric
+
+    class Measured(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.mean(loss)
+            self.log("mean", self.mean, on_epoch=True)
+            return loss
+
+    t = trainer(strategy=strategy(), max_epochs=-1, max_steps=20)
+    t.fit(Measured(), DataLoader(Stream({0: 20, 1: 5}), batch_size=1))
+    return t.global_step, t.callback_metrics["mean"]
+
+
+def test_the_first_to_have_made_all_its_steps_ends_training_for_all():
+    (steps, mean), (other_steps, other_mean) = run_replicas(_end_apart, 2)
+    assert (steps, other_steps) == (20, 5)
+    assert torch.equal(mean, other_mean)
+
+
+def _save_in_epoch(replica: int, folder: str, path: str | None) -> Any:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    class Seen(Regression):
+        seen = 0
+
+        def training_step(self, batch, batch_idx):
+            self.seen += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Seen()
+    t = trainer(
+        strategy=strategy(data="dynamic"),
+        callbacks=[Slow(1, 0.03), ModelCheckpoint(folder, every_n_train_steps=14, filename="{step}", save_top_k=-1)],
+        enable_checkpointing=True,
+    )
+    t.fit(module, loader(160), ckpt_path=path)
+    return module.seen
+
+
+def test_a_shared_epoch_goes_on_after_as_many_batches_as_all_had_done(tmp_path):
+    """Of 40 batches, when the fast replica has done 14 and the slow one a few."""
+    whole = run_replicas(_save_in_epoch, 2, str(tmp_path), None)
+    assert sum(whole) == 40
+    rest = run_replicas(_save_in_epoch, 2, str(tmp_path / "again"), str(tmp_path / "step=14.ckpt"))
+    by_then = 14 + 14 * whole[1] / whole[0]
+    assert sum(rest) == pytest.approx(40 - by_then, abs=4)

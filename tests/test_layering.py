@@ -23,6 +23,7 @@ ALLOWED = {
     "algorithms": ("torch", f"{PACKAGE}.algorithms", f"{PACKAGE}.rules", f"{PACKAGE}.gates"),
     "rules.py": ("torch",),
     "gates.py": ("torch",),
+    "averages.py": ("torch",),
     "flatten.py": ("torch",),
     "metrics.py": ("torch", "torchmetrics"),
     "simulation.py": ("torch", f"{PACKAGE}.algorithms", f"{PACKAGE}.rules", f"{PACKAGE}.gates"),

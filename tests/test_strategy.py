@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -292,7 +293,7 @@ def _count_calls(replica: int, folder: str) -> Any:
 
     def counting(name: str, function: Any) -> Any:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if step[0] >= 0:
+            if step[0] >= 0 and threading.current_thread() is threading.main_thread():  # not the watcher of signals
                 calls[step[0]] += 1
                 names[name] += 1
             return function(*args, **kwargs)

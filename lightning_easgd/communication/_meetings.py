@@ -42,10 +42,14 @@ class Meetings:
         self._timeout, self._progress, self._check = timeout, progress, check
         self.number = 0
 
-    def meet(self, reason: str) -> list[str]:
+    def meet(self, reason: str, idle: Callable[[], None] = lambda: None) -> list[str]:
         """Waits for all replicas and returns their reasons, in the replicas' order. Collective and blocking.
 
         A replica that is slow but moves is waited for as long as it takes.
+
+        Args:
+            reason: why this replica is here.
+            idle: called now and then while waiting, and once at the end.
 
         Raises:
             TransportError: for the whole timeout nobody came and nobody moved; names who is missing, and where.
@@ -57,6 +61,7 @@ class Meetings:
         moved = time.monotonic()
         pause, looked = _SHORTEST_S, moved
         while not self._store.check(keys):  # not ``wait``, whose short timeouts torch reports on stderr
+            idle()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_S)
             if time.monotonic() - looked < _LOOK_S:
@@ -72,6 +77,7 @@ class Meetings:
                     f"replica {self._replica} waits at {reason!r} for the replicas {missing}, which have not moved "
                     f"for {self._timeout.total_seconds():.0f} s"
                 )
+        idle()
         if self.number > 1:  # all have left the meeting before, or they would not be here
             self._store.delete_key(f"{self.number - 1}/{self._replica}")
         return [value.decode() for value in self._store.multi_get(keys)]

@@ -22,6 +22,7 @@ import copy
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -448,6 +449,7 @@ class _ServedSession:
         name = f"lightning_easgd-session-{self.replica}"
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         _running.add(self)
+        _end_sessions_at_exit()
         self.thread.start()
 
     def stop(self) -> None:
@@ -504,5 +506,14 @@ def _end_sessions() -> None:
         _stop(sessions)
 
 
-# Unlike ``atexit``, this is called in the processes of ``multiprocessing`` too, and not in what they fork.
-Finalize(None, _end_sessions, exitpriority=100)
+_finalized_pid: int | None = None
+
+
+def _end_sessions_at_exit() -> None:
+    """Has the sessions of this process ended when it exits, however often it is called."""
+    # Unlike ``atexit``, this is called in the processes of ``multiprocessing`` too. What was registered before a fork
+    # is forgotten there, so that registering when the module is imported would not do.
+    global _finalized_pid
+    if _finalized_pid != os.getpid():
+        _finalized_pid = os.getpid()
+        Finalize(None, _end_sessions, exitpriority=100)
