@@ -4,17 +4,17 @@
 # make fix     sorts imports, repairs what ruff can repair, formats
 # make clean   removes caches and build outputs; the next command installs again
 #
-# Variables, e.g. `make test PYTEST_ARGS="-q -n 2 tests/test_strategy.py"`:
+# Variables, e.g. `make test PYTEST_ARGS="-q tests/test_strategy.py"`:
 #   PYTHON       the interpreter that the virtual environment is made with (3.10 or newer)
 #   VENV         where the virtual environment is
-#   PYTEST_ARGS  arguments of pytest
+#   PYTEST_ARGS  arguments of pytest; -n is in how many processes, each of whose tests may have two or three more
 #   DEMO_ARGS    arguments of examples/digits.py
 #   TORCH_ARGS   arguments of pip where it installs torch. The wheel that PyPI has for Linux brings CUDA, some gigabytes;
 #                without a GPU: TORCH_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -q
+PYTEST_ARGS ?= -q -n 2
 DEMO_ARGS ?=
 TORCH_ARGS ?=
 

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING
 
 from lightning_easgd.__about__ import __version__
 from lightning_easgd._lightning import bind, installed
-from lightning_easgd.algorithms import EASGD, Algorithm
+from lightning_easgd.algorithms import (
+    ADAG,
+    ADMM,
+    AGN,
+    EAMSGD,
+    EASGD,
+    Algorithm,
+    Downpour,
+    DynSGD,
+    LocalSGD,
+    MDownpour,
+)
+from lightning_easgd.averages import MovingAverage, PolyakAverage, TailAverage
 from lightning_easgd.communication import (
     AllReduce,
     Asynchronous,
@@ -20,7 +32,7 @@ from lightning_easgd.communication import (
     Transport,
     TransportError,
 )
-from lightning_easgd.metrics import ConsensusDistance
+from lightning_easgd.metrics import ConsensusDistance, TemporalEfficiency, temporal_efficiency
 
 if TYPE_CHECKING:
     from lightning_easgd.callbacks import ElasticMonitor
@@ -31,17 +43,30 @@ else:
         import_module("lightning_easgd.pytorch")  # registers the names there too
 
 __all__ = [
+    "ADAG",
+    "ADMM",
+    "AGN",
+    "EAMSGD",
     "EASGD",
     "Algorithm",
     "AllReduce",
     "Asynchronous",
     "ConsensusDistance",
+    "Downpour",
+    "DynSGD",
     "EASGDStrategy",
     "ElasticMonitor",
+    "LocalSGD",
+    "MDownpour",
+    "MovingAverage",
     "NonFiniteDeltaError",
     "ParameterServer",
+    "PolyakAverage",
     "SharedMemory",
+    "TailAverage",
+    "TemporalEfficiency",
     "Transport",
     "TransportError",
     "__version__",
+    "temporal_efficiency",
 ]

@@ -108,6 +108,7 @@ class Coupling:
         self._measured: dict[str, float] | None = None  # this replica's figures, not yet announced
         self._announced: dict[str, float] | None = None  # those that are in the slots now
         self._last_seen = (0, time.monotonic())  # the center's clock at this replica's last measurement, and when
+        self._snapshot: Snapshot | None = None  # what the algorithm pulled last, maybe some steps ago
         self._stash: list[Tensor] | None = None
         self._holds_center = False
         algorithm.start(vector, center)
@@ -330,7 +331,6 @@ class _ObservedCenter:
         self._coupling = coupling
         self.num_replicas = coupling.center.num_replicas
         self.measured: dict[str, float] | None = None
-        self._snapshot: Snapshot | None = None
 
     @property
     def _is_wanted(self) -> bool:
@@ -338,12 +338,12 @@ class _ObservedCenter:
         return coupling.report_every > 0 and coupling.turn % coupling.report_every == 0
 
     def pull(self) -> Snapshot:
-        self._snapshot = self._coupling.center.pull()
+        snapshot = self._coupling._snapshot = self._coupling.center.pull()
         self._coupling._receive()
-        return self._snapshot
+        return snapshot
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
-        coupling, snapshot = self._coupling, self._snapshot
+        coupling, snapshot = self._coupling, self._coupling._snapshot
         if self._is_wanted and snapshot is not None:
             self.measured = {
                 "distance": coupling.vector.distance(snapshot.value),

@@ -1,96 +1,18 @@
-"""A synchronous center for replicas that take turns in one thread: the arithmetic of an algorithm without a network.
+"""Replicas that take turns in one thread over the simulation's synchronous center: plain calls, in a given order.
 
 Coordinates are independent wherever the objective is, so a vector of R coordinates is R runs of a one-dimensional
 problem at once: Monte Carlo at the price of a few vector operations.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms import Algorithm, Exchange, Replica, Snapshot
-from lightning_easgd.communication import Completed
+from lightning_easgd.algorithms import Algorithm, Replica
 from lightning_easgd.flatten import ParameterVector
-
-
-class InProcessCenter:
-    """A center that adds the pushes of a round, one of each replica, as one sum when the round is complete.
-
-    It is what an all-reduce does, which is launched by the push and completed by the next pull. What would hang there
-    or differ between replicas raises here.
-
-    Args:
-        initial: (d,), copied.
-        num_replicas: p.
-
-    Attributes:
-        num_replicas: p.
-        clock: additions so far; p a round.
-        handles: the center as each replica reaches it.
-        pulls: how often each replica has pulled.
-        pushed: the deltas of the last complete round, in the order of the replicas.
-    """
-
-    def __init__(self, initial: Tensor, num_replicas: int) -> None:
-        self.num_replicas = num_replicas
-        self.clock = 0
-        self.handles = [Handle(self, i) for i in range(num_replicas)]
-        self.pulls = [0] * num_replicas
-        self.pushed: list[Tensor] = []
-        self._value = initial.clone()
-        self._version = self._value._version
-        self._round: dict[int, Tensor] = {}
-
-    @property
-    def value(self) -> Tensor:
-        """(d,) the center after the last complete round. Not a copy."""
-        self._settle()
-        return self._value
-
-    def _settle(self) -> None:
-        assert self._value._version == self._version, "somebody wrote to the center's value, which is only lent"
-        if len(self._round) == self.num_replicas:
-            # Whoever pushed first, the sum is taken in the order of the replicas.
-            self.pushed = [self._round[i] for i in range(self.num_replicas)]
-            self._value.add_(torch.stack(self.pushed).sum(0))
-            self._version = self._value._version
-            self.clock += self.num_replicas
-            self._round.clear()
-
-    def _pull(self, replica: int) -> Snapshot:
-        self._settle()
-        assert replica not in self._round, f"replica {replica} pulls before all have pushed: it would wait for ever"
-        self.pulls[replica] += 1
-        return Snapshot(self._value, self.clock)
-
-    def _push(self, replica: int, delta: Tensor, read_at: int) -> None:
-        assert replica not in self._round, f"replica {replica} pushes twice in one round"
-        assert read_at == self.clock, f"replica {replica} read the center at {read_at}; it is at {self.clock}"
-        assert delta.shape == self._value.shape
-        assert delta.dtype == self._value.dtype
-        self._round[replica] = delta.clone()
-
-
-class Handle:
-    """An ``InProcessCenter`` as one replica reaches it."""
-
-    def __init__(self, center: InProcessCenter, replica: int) -> None:
-        self.num_replicas = center.num_replicas
-        self._center = center
-        self._replica = replica
-
-    def pull(self) -> Snapshot:
-        return self._center._pull(self._replica)
-
-    def push(self, delta: Tensor, *, read_at: int) -> None:
-        self._center._push(self._replica, delta, read_at)
-
-    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
-        snapshot = self.pull()
-        delta(x, snapshot.value)
-        self.push(x if scale == 1 else scale * x, read_at=snapshot.clock)
-        return Completed(x)
+from lightning_easgd.simulation import SynchronousCenter
 
 
 def run_synchronous(
@@ -99,11 +21,11 @@ def run_synchronous(
     gradient_steps: Sequence[Callable[[], None]],
     num_steps: int,
     *,
-    center: InProcessCenter | None = None,
+    center: SynchronousCenter | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
     order: Sequence[int] | None = None,
     start: bool = True,
-) -> InProcessCenter:
+) -> SynchronousCenter:
     """Steps all replicas ``num_steps`` times, in turn, and returns their center.
 
     Args:
@@ -117,7 +39,7 @@ def run_synchronous(
         start: whether to call the algorithms' ``start``, which refuses hyper-parameters that cannot work.
     """
     if center is None:
-        center = InProcessCenter(replicas[0].read(), len(replicas))
+        center = SynchronousCenter(replicas[0].read(), len(replicas))
     if start:
         for algorithm, replica, handle in zip(algorithms, replicas, center.handles, strict=True):
             algorithm.start(replica, handle)
@@ -156,3 +78,71 @@ def quadratic_steps(
         return step
 
     return [make(r.parameters[0], torch.Generator().manual_seed(seed + i)) for i, r in enumerate(replicas)]
+
+
+def interrupted(
+    make: Callable[[], Algorithm], at: int, *, momentum: float = 0.0, num_replicas: int = 3, num_steps: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Returns two trajectories of replicas and center: in one go, and with new algorithms from step ``at`` on.
+
+    Those get, as in a restart from a checkpoint, ``bind`` and ``start`` and then what the old ones' ``state_dict``
+    returned; the replicas and their optimizers are new, too, with the values of the old. The center is the same: what
+    it remembers is its transport's to keep. With step ``at`` the learning rate changes, in both.
+
+    Args:
+        make: returns an algorithm.
+        at: steps before the restart, > 0.
+        momentum: of the optimizers, Nesterov's.
+        num_replicas: p.
+        num_steps: in all.
+
+    Returns:
+        Twice (num_steps, p + 1, d): the replicas, each on a loss of its own, and the center.
+    """
+    rows = torch.randn(num_replicas, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run(is_interrupted: bool) -> Tensor:
+        center = SynchronousCenter(rows.mean(0), num_replicas, make().rule(num_replicas))
+        path: list[Tensor] = []
+        parameters = [torch.nn.Parameter(row.clone()) for row in rows]
+
+        def build(lr: float) -> tuple[list[Algorithm], list[torch.optim.SGD]]:
+            optimizers = [torch.optim.SGD([x], lr=lr, momentum=momentum, nesterov=momentum > 0) for x in parameters]
+            algorithms = [make() for _ in parameters]
+            for algorithm, optimizer, x in zip(algorithms, optimizers, parameters, strict=True):
+                algorithm.bind(optimizer, [x])
+            return algorithms, optimizers
+
+        def go(algorithms: list[Algorithm], optimizers: list[torch.optim.SGD], steps: int, start: bool) -> None:
+            def update(i: int) -> None:
+                x = parameters[i].detach()
+                parameters[i].grad = x.cos() + 0.6 * x + i
+                optimizers[i].step()
+
+            run_synchronous(
+                algorithms,
+                [ParameterVector([x]) for x in parameters],
+                [lambda i=i: update(i) for i in range(num_replicas)],
+                steps,
+                center=center,
+                observe=lambda _, c: path.append(torch.stack([*(x.detach() for x in parameters), c])),
+                start=start,
+            )
+
+        algorithms, optimizers = build(0.05)
+        go(algorithms, optimizers, at, start=True)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.02
+        if is_interrupted:
+            states = pickle.loads(pickle.dumps([a.state_dict() for a in algorithms]))
+            velocities = [optimizer.state_dict() for optimizer in optimizers]
+            parameters = [torch.nn.Parameter(x.detach().clone()) for x in parameters]
+            algorithms, optimizers = build(0.02)
+            go(algorithms, optimizers, 0, start=True)
+            for algorithm, optimizer, state, velocity in zip(algorithms, optimizers, states, velocities, strict=True):
+                optimizer.load_state_dict(velocity)
+                algorithm.load_state_dict(state)
+        go(algorithms, optimizers, num_steps - at, start=False)
+        return torch.stack(path)
+
+    return run(False), run(True)

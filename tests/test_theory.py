@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,16 +22,23 @@ def theory() -> ModuleType:
     return module
 
 
-def test_it_writes_an_image(tmp_path):
+def test_it_writes_an_image(theory, tmp_path, monkeypatch, capsys):
     image = tmp_path / "new" / "theory.png"
-    run = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples/theory.py", "--fast", "--out", image],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"wrote {image}\n"
+    monkeypatch.setattr(sys, "argv", ["theory.py", "--fast", "--out", str(image)])
+    theory.main()
+    assert capsys.readouterr().out == f"wrote {image}\n"
     assert image.read_bytes().startswith(b"\x89PNG")
     assert 10_000 < image.stat().st_size < 150_000
+
+
+def test_help(theory, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["theory.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        theory.main()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--out" in text
+    assert "--fast" in text
 
 
 def test_cycles(theory):

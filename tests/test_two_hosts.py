@@ -35,7 +35,8 @@ def accuracy(output: str) -> float:
 def await_traffic(hosts: TwoHosts, num_bytes: int, processes: list["subprocess.Popen[str]"]) -> None:
     """Returns when host 1 has sent so much: replicas are exchanging."""
     while hosts.bytes_sent(1) < num_bytes:
-        assert all(process.poll() is None for process in processes), "training ended before"
+        for process in processes:
+            assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)  # between two looks at the link's counter
 
 

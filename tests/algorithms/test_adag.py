@@ -7,6 +7,7 @@ import torch
 
 from lightning_easgd.algorithms import ADAG, AGN, damping
 from lightning_easgd.simulation import LockStep, Loss, Quadratic, Simulation
+from tests.in_process import interrupted
 
 F64 = torch.float64
 
@@ -54,3 +55,8 @@ def test_a_recurrence_of_its_own():
 def test_scale_must_be_positive(scale):
     with pytest.raises(ValueError, match=re.escape(f"ADAG(scale={scale!r}): must be a finite number above 0")):
         ADAG(scale=scale)
+
+
+@pytest.mark.parametrize("at", [4, 5, 6, 7])
+def test_it_goes_on_from_its_state_to_the_last_bit(at):
+    assert torch.equal(*interrupted(lambda: ADAG(4, 1e-2), at))

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_easgd.algorithms import ADMM, EASGD, Algorithm
 from lightning_easgd.gates import RoundRobin
 from lightning_easgd.simulation import Quadratic, Simulation
+from tests.in_process import interrupted
 
 F64 = torch.float64
 
@@ -90,3 +91,8 @@ def test_arguments_are_checked():
         ADMM(period=0)
     with pytest.raises(RuntimeError, match="call start"):
         ADMM().step(None, None, lambda: None)
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_it_goes_on_from_its_state_to_the_last_bit(at):
+    assert torch.equal(*interrupted(lambda: ADMM(3, 0.3), at))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms import EAMSGD, EASGD, Algorithm
 from lightning_easgd.simulation import Simulation, Vector
+from tests.in_process import interrupted
 
 F64 = torch.float64
 
@@ -102,3 +103,9 @@ def test_other_optimizers_are_refused():
     with pytest.raises(ValueError, match=re.escape("call bind(optimizer, parameters) first")):
         Simulation([EAMSGD()], [Vector(torch.zeros(1))], [lambda: None], synchronous=True)
     assert repr(EAMSGD(3, 0.1)) == "EAMSGD(period=3, moving_rate=0.1, center_rate=None)"
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_it_goes_on_from_its_state_to_the_last_bit(at):
+    # Step 3 exchanges with the learning rate of the step before, which the optimizer no longer has.
+    assert torch.equal(*interrupted(lambda: EAMSGD(3, 0.2), at, momentum=0.9))

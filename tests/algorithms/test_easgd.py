@@ -10,7 +10,8 @@ import torch
 
 from lightning_easgd.algorithms import EASGD, Algorithm, displacement_, stable_step_sizes
 from lightning_easgd.flatten import ParameterVector
-from tests.in_process import InProcessCenter, quadratic_steps, run_synchronous, vectors
+from lightning_easgd.simulation import SynchronousCenter
+from tests.in_process import interrupted, quadratic_steps, run_synchronous, vectors
 
 
 @pytest.mark.parametrize("period", [0, -1, 2.5, True, "10", None])
@@ -105,7 +106,7 @@ def test_check_warns_beyond_the_papers_range():
 
 def test_start_checks():
     replica = vectors([0.0])[0]
-    center = InProcessCenter(replica.read(), 4)
+    center = SynchronousCenter(replica.read(), 4)
     with pytest.raises(ValueError, match="no step size is stable"):
         EASGD(moving_rate=0.5).start(replica, center.handles[0])
     EASGD().start(replica, center.handles[0])
@@ -127,7 +128,7 @@ def test_hyperparameters_are_the_rates_in_force():
 @pytest.mark.parametrize("period", [1, 2, 5])
 def test_is_due_on_the_first_step_and_every_period_after(period):
     algorithm, replica = EASGD(period=period), vectors([1.0])[0]
-    center = InProcessCenter(replica.read(), 1)
+    center = SynchronousCenter(replica.read(), 1)
     due = []
     for _ in range(3 * period + 1):
         due.append(algorithm.is_due)
@@ -136,7 +137,6 @@ def test_is_due_on_the_first_step_and_every_period_after(period):
         assert center.pulls[0] - pulls == due[-1]
     assert due == [t % period == 0 for t in range(3 * period + 1)]
     assert algorithm.clock == 3 * period + 1
-    center._settle()
     assert center.clock == 4
 
 
@@ -162,10 +162,16 @@ def test_state_dict_round_trip_keeps_the_rhythm():
         assert torch.equal(a.read(), b.read())
 
 
+@pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_it_goes_on_from_its_state_to_the_last_bit(at, order):
+    assert torch.equal(*interrupted(lambda: EASGD(3, 0.2, order=order), at))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copy", "pickle"])
 def test_copies_are_independent(copied):
     original, replica = EASGD(period=2, moving_rate=0.3), vectors([1.0])[0]
-    center = InProcessCenter(torch.zeros(1, dtype=torch.float64), 1)
+    center = SynchronousCenter(torch.zeros(1, dtype=torch.float64), 1)
     original.step(replica, center.handles[0], lambda: None)
     other = copied(original)
     assert (other.clock, other.period, other.moving_rate) == (1, 2, 0.3)
@@ -179,7 +185,7 @@ def test_the_force_that_is_kept_is_a_buffer_and_not_a_memory():
     algorithm = EASGD(period=1, moving_rate=0.25)
     for value in (1.0, 3.0):
         replica = vectors([value], num_runs=5)[0]
-        center = InProcessCenter(torch.zeros(5, dtype=torch.float64), 1)
+        center = SynchronousCenter(torch.zeros(5, dtype=torch.float64), 1)
         algorithm.step(replica, center.handles[0], lambda: None)
         assert torch.equal(replica.read(), torch.full((5,), 0.75 * value, dtype=torch.float64))
 

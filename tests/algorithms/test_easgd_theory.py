@@ -1,4 +1,4 @@
-"""EASGD against closed forms, all through the public class, an in-process center and float64.
+"""EASGD against closed forms, all through the public class, the simulation's center and float64.
 
 The objective is h x^2 / 2 with gradient noise of standard deviation sigma: g = h x - sigma xi. In the formulas
 e = eta h, a = e + (p + 1) alpha, k = e p alpha.
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_easgd.algorithms import EASGD, stable_step_sizes
 from lightning_easgd.flatten import ParameterVector
-from tests.in_process import InProcessCenter, quadratic_steps, run_synchronous, vectors
+from lightning_easgd.simulation import SynchronousCenter
+from tests.in_process import quadratic_steps, run_synchronous, vectors
 
 F64 = torch.float64
 
@@ -44,7 +45,7 @@ def linear_map(
         replicas,
         quadratic_steps(replicas, e),
         period,
-        center=InProcessCenter(unit[p], p),
+        center=SynchronousCenter(unit[p], p),
         start=False,  # also of interest where check refuses
     )
     return torch.stack([*(r.read() for r in replicas), center.value])
@@ -63,7 +64,7 @@ def gauss_seidel_map(p: int, e: float, alpha: float, beta: float) -> Tensor:
         replicas,
         quadratic_steps(replicas, e),
         1,
-        center=InProcessCenter(unit[p], p),
+        center=SynchronousCenter(unit[p], p),
         start=False,
     )
     return torch.stack([*(r.read() for r in replicas), center.value])
@@ -173,7 +174,7 @@ def test_stability_edge_by_running(moving_rate, grows):
         replicas,
         quadratic_steps(replicas, e),
         600,
-        center=InProcessCenter(torch.full((1,), 5.0, dtype=F64), p),
+        center=SynchronousCenter(torch.full((1,), 5.0, dtype=F64), p),
         start=False,
     )
     assert (abs(float(center.value)) > 1e3) == grows
@@ -243,7 +244,7 @@ def trajectory(num_steps: int, num_runs: int, noise: float) -> dict[int, Tensor]
         replicas,
         quadratic_steps(replicas, E, noise=noise),
         num_steps,
-        center=InProcessCenter(torch.full((num_runs,), CENTER_START, dtype=F64), P),
+        center=SynchronousCenter(torch.full((num_runs,), CENTER_START, dtype=F64), P),
         observe=lambda t, c: centers.update({t: c.clone()}),
     )
     return centers
@@ -325,10 +326,10 @@ def test_asymptotic_variance_hardly_depends_on_the_period(period, value):
 # --- identities -------------------------------------------------------------------------------------------------------
 
 
-def random_state(p: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[list[ParameterVector], InProcessCenter]:
+def random_state(p: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[list[ParameterVector], SynchronousCenter]:
     generator = torch.Generator().manual_seed(seed)
     replicas = [ParameterVector([torch.randn(d, generator=generator, dtype=dtype)]) for _ in range(p)]
-    return replicas, InProcessCenter(torch.randn(d, generator=generator, dtype=dtype), p)
+    return replicas, SynchronousCenter(torch.randn(d, generator=generator, dtype=dtype), p)
 
 
 def nothing() -> None:
@@ -382,7 +383,8 @@ def moves_and_pushes(p: int, moving_rate: float | None) -> tuple[list[Tensor], l
     plain, center = random_state(p, 100, F64)
     replicas = [_Recorded(r) for r in plain]
     run_synchronous([EASGD(1, moving_rate) for _ in range(p)], replicas, [nothing] * p, 1, center=center)
-    assert float(center.value.norm()) > 0  # completes the round
+    assert center.clock == p  # the round is complete
+    assert float(center.value.norm()) > 0
     assert all(len(r.moves) == 1 for r in replicas)
     return [r.moves[0] for r in replicas], center.pushed
 
@@ -592,7 +594,7 @@ def test_momentum_is_a_negative_moving_rate(momentum):
 
 def test_bfloat16_replicas_are_drawn_together_by_a_center_in_float32():
     replicas = [ParameterVector([torch.full((4,), v, dtype=torch.bfloat16)]) for v in (-1.0, 1.0, 3.0)]
-    center = InProcessCenter(torch.zeros(4), 3)
+    center = SynchronousCenter(torch.zeros(4), 3)
     run_synchronous([EASGD(1) for _ in replicas], replicas, [nothing] * 3, 60, center=center)
     assert center.value.dtype == torch.float32
     # The sum (-1 + 1 + 3 + 0) is shared by four, up to bfloat16's rounding of what the replicas move by.

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_easgd.algorithms import EASGD, LocalSGD
 from lightning_easgd.rules import OuterOptimizer
 from lightning_easgd.simulation import LockStep, Loss
+from tests.in_process import interrupted
 
 F64 = torch.float64
 BEGIN = torch.linspace(-2, 2, 9, dtype=F64)
@@ -114,3 +115,9 @@ def test_arguments_are_checked():
         LocalSGD(outer_lr=0)
     with pytest.raises(ValueError, match=re.escape("LocalSGD(outer_momentum=1): must be at least 0 and below 1")):
         LocalSGD(outer_momentum=1)
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+@pytest.mark.parametrize("make", [LocalSGD, LocalSGD.bmuf, LocalSGD.slowmo, LocalSGD.diloco])
+def test_it_goes_on_from_its_state_to_the_last_bit(make, at):
+    assert torch.equal(*interrupted(lambda: make(3), at))
