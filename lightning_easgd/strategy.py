@@ -35,7 +35,18 @@ from lightning_easgd._free_running import (
     FreeRunning,
     StoppedByAnother,
 )
-from lightning_easgd.algorithms import EASGD, Algorithm
+from lightning_easgd.algorithms import (
+    ADAG,
+    ADMM,
+    AGN,
+    EAMSGD,
+    EASGD,
+    Algorithm,
+    Downpour,
+    DynSGD,
+    LocalSGD,
+    MDownpour,
+)
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
@@ -71,7 +82,7 @@ class ElasticStrategy(_DDPStrategy):
     Validation, test, predict, the checkpoint's ``state_dict`` and the module after ``fit`` are the center's. Between
     two exchanges a training step makes no call to ``torch.distributed``, Lightning's own per-batch broadcast included.
 
-    As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument.
+    As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument; the other names are presets of it.
     """
 
     # Set by the binding: the namespace, and how a user of the other one imports the class that fits; the monitor; what
@@ -1147,9 +1158,23 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Registers each name and, as for DDP's names, its forms by start method."""
+        apart, together = {"transport": Asynchronous()}, {"transport": AllReduce()}
         presets: dict[str, tuple[str, dict[str, Any]]] = {
-            "easgd": ("Synchronous elastic averaging SGD", {}),
-            "easgd_async": ("Asynchronous elastic averaging SGD", {"transport": Asynchronous()}),
+            "easgd": ("Synchronous elastic averaging SGD", together),
+            "easgd_async": ("Asynchronous elastic averaging SGD", apart),
+            "eamsgd": ("Synchronous EAMSGD", {"algorithm": EAMSGD(), **together}),
+            "eamsgd_async": ("Asynchronous EAMSGD", {"algorithm": EAMSGD(), **apart}),
+            "downpour": ("DOWNPOUR", {"algorithm": Downpour(), **apart}),
+            "mdownpour": ("MDOWNPOUR", {"algorithm": MDownpour(), **apart}),
+            "agn": ("Accumulated gradient normalization", {"algorithm": AGN(), **apart}),
+            "adag": ("ADAG", {"algorithm": ADAG(), **apart}),
+            "dynsgd": ("DynSGD", {"algorithm": DynSGD(), **apart}),
+            "ssp": ("Stale synchronous parallel SGD", {"algorithm": Downpour(), "slack": 3, **apart}),
+            "local_sgd": ("Local SGD", {"algorithm": LocalSGD(), **together}),
+            "bmuf": ("BMUF", {"algorithm": LocalSGD.bmuf(), **together}),
+            "slowmo": ("SlowMo", {"algorithm": LocalSGD.slowmo(), **together}),
+            "diloco": ("DiLoCo", {"algorithm": LocalSGD.diloco(), **together}),
+            "admm": ("Linearized ADMM", {"algorithm": ADMM(), **together}),
         }
         for name, (description, arguments) in presets.items():
             for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):

@@ -77,7 +77,8 @@ class _ReplicatedCenter(OpenCenter):
         self._clock = 0
         self._value = initial.clone()
         self._memory = [torch.zeros_like(initial) for _ in range(rule.num_vectors)]
-        self._message = initial.new_empty(initial.numel() + num_slots)  # the deltas' sum, then the slots'
+        # The sums of the deltas, of how many of them there are, and of the slots.
+        self._message = initial.new_empty(initial.numel() + 1 + num_slots)
         self._work: Work | None = None
         self._launched_at = 0.0
         self._completed_at: float | None = None
@@ -118,22 +119,24 @@ class _ReplicatedCenter(OpenCenter):
         # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
         weight = self._rule.weight(self._clock - read_at)
         torch.mul(delta, scale * weight, out=self._message[: delta.numel()])
-        self._launch()
+        self._launch(num_deltas=1)
         self.traffic.exchanges += 1
 
     def abstain(self) -> None:
         self._require_open()
         self.drain()
         self._message.zero_()
-        self._launch()
+        self._launch(num_deltas=0)
 
     def _require_open(self) -> None:
         if self._group is None:
             raise TransportError(f"replica {self.replica}: the all-reduce center is closed")
 
-    def _launch(self) -> None:
+    def _launch(self, *, num_deltas: int) -> None:
         assert self._group is not None
-        self._message[self._value.numel() :].copy_(self.announcement)
+        size = self._value.numel()
+        self._message[size].fill_(num_deltas)
+        self._message[size + 1 :].copy_(self.announcement)
         self._completed_at = None
         self._launched_at = time.perf_counter()
         self._work = self._group.allreduce([self._message])
@@ -162,8 +165,9 @@ class _ReplicatedCenter(OpenCenter):
         self.traffic.exposed_s += ended - began
         self.traffic.hidden_s += max(0.0, min(completed, began) - self._launched_at)
         size = self._value.numel()
-        self._rule.apply_(self._value, self._message[:size], *self._memory)
-        self.announced.copy_(self._message[size:])
+        if self._message[size] > 0:  # where all abstain, a rule with momentum must not take it for a step of zero
+            self._rule.apply_(self._value, self._message[:size], *self._memory)
+        self.announced.copy_(self._message[size + 1 :])
         self._clock += self.num_replicas
 
     def lost(self) -> list[int]:

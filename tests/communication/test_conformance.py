@@ -374,6 +374,28 @@ class Momentum(CenterRule):
         center.add_(memory[0].mul_(0.5).add_(delta, alpha=alpha))
 
 
+def test_an_exchange_in_which_all_abstain_is_none_for_the_rule(transport):
+    """A rule with momentum would move the center once more."""
+
+    def body(replica, store):
+        with open_center(transport, replica, store, rule=Momentum()) as center:
+            if replica == 0:
+                center.push(torch.ones(5), read_at=center.pull().clock)
+            else:
+                center.abstain()
+            center.drain()
+            meet(store, "pushed")
+            before = center.pull().value.clone()
+            center.abstain()
+            center.drain()
+            meet(store, "abstained")
+            return before, center.pull().value.clone()
+
+    for before, after in run_threads(body, 2):
+        assert torch.equal(before, torch.arange(5.0) + 1)
+        assert torch.equal(after, before)
+
+
 def test_a_restored_center_goes_on_as_if_it_had_never_stopped(transport):
     """Value, clock and the rule's vector; where they differ, those of replica 0 count."""
 

@@ -1,0 +1,89 @@
+"""Every registered name under a real Trainer, and what the methods have in common there."""
+
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.strategies import StrategyRegistry
+
+from lightning_easgd import EAMSGD, Asynchronous, Downpour, EASGDStrategy, LocalSGD
+from tests import modules
+from tests.helpers import run_replicas
+from tests.modules import Regression, flat, loader, trainer
+
+START_METHODS = ("_spawn", "_fork", "_notebook")
+NAMES = sorted(
+    name
+    for name in StrategyRegistry
+    if getattr(StrategyRegistry[name]["strategy"], "__module__", "") == "lightning_easgd"
+    and not name.endswith(START_METHODS)
+)
+
+
+class Nesterov(Regression):
+    """With the one optimizer that all methods take."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.005)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.5, nesterov=True)
+
+
+class Ends(modules.pytorch_lightning.Callback):
+    def on_train_end(self, trainer, pl_module):
+        with trainer.strategy.weights_of("replica"):
+            self.replica = flat(pl_module)
+        self.exchanges = trainer.strategy.couplings[0].center.traffic.exchanges
+
+
+def _fit(replica: int, strategy: Any) -> Any:
+    module, ends = Nesterov(), Ends()
+    t = trainer(strategy=strategy, callbacks=[ends], max_epochs=4)
+    before = float(torch.stack([module.loss(batch) for batch in loader()]).mean())
+    t.fit(module, loader())
+    after = float(torch.stack([module.loss(batch) for batch in loader()]).mean())
+    return before, after, flat(module), ends.replica, ends.exchanges
+
+
+def test_all_names_of_the_family_are_registered():
+    family = (
+        "adag admm agn bmuf diloco downpour dynsgd eamsgd eamsgd_async easgd easgd_async local_sgd mdownpour slowmo ssp"
+    )
+    assert family.split() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_trains_any_module(name):
+    (before, after, center, *_), (_, _, other, *_) = run_replicas(_fit, 2, name)
+    assert torch.equal(center, other)
+    # 32 steps of each replica: what exchanges too rarely for that has its center where it began.
+    period = {"diloco": 500, "bmuf": 50, "local_sgd": 50}.get(name, 1)
+    assert after < before if period < 32 else after == before
+
+
+def test_after_a_whole_period_of_local_sgd_the_center_is_the_mean():
+    results = run_replicas(_fit, 2, EASGDStrategy(LocalSGD(period=4)))
+    (_, _, center, one, exchanges), (_, _, _, two, _) = results
+    torch.testing.assert_close(center, (one + two) / 2, rtol=1e-5, atol=1e-6)
+    assert exchanges == 32 // 4
+
+
+def test_downpour_over_an_all_reduce_has_no_reason_to_be_refused():
+    (before, after, center, *_), (_, _, other, *_) = run_replicas(_fit, 2, EASGDStrategy(Downpour()))
+    assert after < before
+    assert torch.equal(center, other)
+
+
+def test_a_method_that_steps_the_center_with_all_at_once_is_refused_over_an_asynchronous_one():
+    with pytest.raises(ValueError, match=r"LocalSGD\(.*needs a synchronous transport, such as AllReduce\(\)"):
+        EASGDStrategy(LocalSGD(), Asynchronous())
+
+
+def _fit_plain_sgd(replica: int) -> None:
+    trainer(strategy=EASGDStrategy(EAMSGD())).fit(Regression(), loader())
+
+
+def test_eamsgd_refuses_another_optimizer_with_advice():
+    with pytest.raises(AssertionError, match="ValueError: EAMSGD.*easgd"):
+        run_replicas(_fit_plain_sgd, 2)
