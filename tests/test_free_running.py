@@ -1,5 +1,6 @@
 """Training over an asynchronous center: inside an epoch no replica waits, whatever callbacks and logs ask of all."""
 
+import csv
 import time
 from collections import Counter
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_callbacks_and_logs_that_are_collectives_elsewhere_never_wait(tmp_path, 
     # Replica 1 has made other steps, but its file belongs to replica 0's checkpoint.
     save = at_end["lightning_easgd"]["save"]
     assert ReplicaFile(one["path"], save, 1).read()["lightning"]["global_step"] % 13 == 0
+    if logger == "csv":
+        [log] = tmp_path.rglob("metrics.csv")
+        rows = list(csv.DictReader(log.read_text().splitlines()))
+        for key in ("staleness", "drift", "additions_per_s", "wait_s", "gate_s"):
+            values = [float(row[f"easgd/{key}"]) for row in rows if row.get(f"easgd/{key}")]
+            assert len(values) > 41
+            assert min(values) >= 0
+            assert max(values) < float("inf")
+        assert max(float(row["easgd/additions_per_s"] or 0) for row in rows) > 0
     # Best of three: the other checkpoints' files are gone with them.
     assert len(list(tmp_path.glob("epoch*.replica-*"))) == 2
 
