@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -56,6 +57,7 @@ def _child(replica: int, folder: str, environment: dict[str, str], deadline: flo
     os.environ.update(environment)
     os.environ["LOCAL_RANK"] = str(replica)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit as ignored
     faulthandler.dump_traceback_later(deadline, exit=True)
     try:
         torch.save(function(replica, *args), Path(folder, f"{replica}.pt"))
