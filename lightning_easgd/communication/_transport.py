@@ -226,12 +226,18 @@ class Transport(ABC):
         """
 
 
-def check_open(name: str, initial: Tensor, replica: int, num_replicas: int) -> None:
-    """Raises ``ValueError`` if these are no arguments for ``open`` of the transport ``name``."""
+def check_open(transport: Transport, initial: Tensor, replica: int, num_replicas: int, rule: CenterRule) -> None:
+    """Raises ``ValueError`` if these are no arguments for ``open`` of the transport."""
+    name = type(transport).__name__
     if not 0 <= replica < num_replicas:
         raise ValueError(f"{name}.open(replica={replica}): must be at least 0 and below {num_replicas}")
     if initial.ndim != 1 or initial.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name}.open(initial=<{initial.dtype}, shape {tuple(initial.shape)}>): must be one flat vector of "
             "float32 or float64"
+        )
+    if rule.synchronous_only and not transport.synchronous:
+        raise ValueError(
+            f"{name}.open(rule={rule!r}): this rule must see the whole center with the sum of all deltas; it needs a "
+            "synchronous transport, such as AllReduce()"
         )

@@ -50,7 +50,7 @@ class AllReduce(Transport):
         num_slots: int = 0,
     ) -> OpenCenter:
         """Opens the center; see ``Transport.open``."""
-        check_open("AllReduce", initial, replica, num_replicas)
+        check_open(self, initial, replica, num_replicas, rule)
         return _ReplicatedCenter(initial, replica, num_replicas, rule, store, timeout, num_slots)
 
     def __repr__(self) -> str:

@@ -55,7 +55,7 @@ class Asynchronous(Transport):
         num_slots: int = 0,
     ) -> OpenCenter:
         """Opens the center; see ``Transport.open``."""
-        check_open("Asynchronous", initial, replica, num_replicas)
+        check_open(self, initial, replica, num_replicas, rule)
         keys = [f"host/{r}" for r in range(num_replicas)]
         store.set(keys[replica], host_identity())
         try:

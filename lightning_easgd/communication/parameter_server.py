@@ -132,7 +132,7 @@ class ParameterServer(Transport):
         Raises:
             ValueError: there are fewer hosts than shards, or the rule cannot travel to a stand-alone server.
         """
-        check_open("ParameterServer", initial, replica, num_replicas)
+        check_open(self, initial, replica, num_replicas, rule)
         terms = Terms(
             numel=initial.numel(),
             dtype=str(initial.dtype).removeprefix("torch."),

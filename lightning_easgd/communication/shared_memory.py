@@ -81,7 +81,7 @@ class SharedMemory(Transport):
             TransportError: not all replicas came in time, one is on another host or has another vector, or there is no
                 room. Raised on every replica that came.
         """
-        check_open("SharedMemory", initial, replica, num_replicas)
+        check_open(self, initial, replica, num_replicas, rule)
         who = f"replica {replica} of {num_replicas} could not open the center in shared memory"
         center: SharedCenter | None = None
         failure = path = ""

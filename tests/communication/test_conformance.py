@@ -7,6 +7,7 @@ the store; a synchronous center needs no order, and is not disturbed by one.
 import os
 import time
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lightning_easgd.communication import (
     TransportError,
 )
 from lightning_easgd.communication.shared_memory import SharedMemory
-from lightning_easgd.rules import Addition, CenterRule
+from lightning_easgd.rules import Addition, CenterRule, OuterOptimizer
 from tests.communication.test_parameter_server import Apart, InPairs
 from tests.helpers import TIMEOUT, Replicas, run_replicas, run_threads
 
@@ -438,6 +439,18 @@ def test_bad_arguments_are_named(transport, initial, replica, text):
         transport.open(
             initial, replica=replica, num_replicas=2, rule=Addition(), store=dist.HashStore(), timeout=TIMEOUT
         )
+
+
+def test_a_rule_that_needs_all_deltas_at_once_is_refused_where_they_come_apart(transport):
+    store = dist.HashStore()
+    rule = OuterOptimizer(partial(torch.optim.SGD, lr=0.5))
+    if transport.synchronous:
+        with open_center(transport, 0, store, num_replicas=1, rule=rule) as center:
+            center.push(torch.ones(5), read_at=0)
+            assert torch.equal(center.pull().value, torch.arange(5.0) + 0.5)
+    else:
+        with pytest.raises(ValueError, match=r"open\(rule=.*needs a synchronous transport"):
+            open_center(transport, 0, store, num_replicas=1, rule=rule)
 
 
 def _sum_in_processes(replica: int, transport: Transport, path: str) -> torch.Tensor:
