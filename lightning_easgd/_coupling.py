@@ -231,9 +231,7 @@ class Coupling:
         self._announced = measured
         if measured is not None:
             first = _VOTES + self.center.replica * len(FIGURES)
-            self.center.announcement[first : first + len(FIGURES)] = torch.tensor(
-                [measured.get(figure, 0.0) for figure in FIGURES]  # some algorithms add before their local update
-            )
+            self.center.announcement[first : first + len(FIGURES)] = _row(measured)
 
     def _receive(self) -> None:
         """Reads the figures of all replicas from the exchange that was just completed."""
@@ -241,7 +239,9 @@ class Coupling:
         announced, self._announced = self._announced, None
         if announced is None:
             return
-        figures = self.center.announced[_VOTES:].view(self.center.num_replicas, len(FIGURES))
+        figures = self.center.announced[_VOTES:].view(self.center.num_replicas, len(FIGURES)).clone()
+        if not self.center.synchronous:  # whose slots may have been read before this replica's were written
+            figures[self.center.replica] = _row(announced)
         present = figures[:, 0] > 0
         own = {name: figures[present, i] for i, name in enumerate(FIGURES) if name != "present"}
         self.reports.append(
@@ -386,6 +386,11 @@ class _Measured:
         delta = self._pending.wait()
         self._measured.update({name: square**0.5 for name, square in self._squares.items()})
         return delta
+
+
+def _row(measured: dict[str, float]) -> Tensor:
+    """Returns a replica's figures in their order; those of algorithms that have no such thing are zero."""
+    return torch.tensor([measured.get(figure, 0.0) for figure in FIGURES])
 
 
 def _square(vector: Tensor) -> float:
