@@ -48,6 +48,18 @@ class CenterRule(ABC):
             alpha: the delta's factor, ``weight`` included.
         """
 
+    def applied(self, center: Tensor, delta: Tensor, out: Tensor) -> None:
+        """Writes what ``apply_`` makes of ``center`` into ``out``. For a rule without vectors.
+
+        Args:
+            center: (m,) the center or a chunk of it; not modified.
+            delta: (m,) of the same dtype and device, its weight included.
+            out: (m,) likewise; it may be ``delta`` itself.
+        """
+        value = center.clone()
+        self.apply_(value, delta)
+        out.copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what the rule remembers between deltas besides its vectors."""
         return {}
@@ -69,6 +81,10 @@ class Addition(CenterRule):
         """Adds ``alpha * delta`` to ``center`` in place."""
         del memory
         center.add_(delta, alpha=alpha)
+
+    def applied(self, center: Tensor, delta: Tensor, out: Tensor) -> None:
+        """Writes ``center + delta`` into ``out``, in one pass."""
+        torch.add(center, delta, out=out)
 
     def __repr__(self) -> str:
         """Returns the constructor call."""
@@ -92,6 +108,10 @@ class StalenessWeight(CenterRule):
         """Adds ``alpha * delta`` to ``center`` in place."""
         del memory
         center.add_(delta, alpha=alpha)
+
+    def applied(self, center: Tensor, delta: Tensor, out: Tensor) -> None:
+        """Writes ``center + delta`` into ``out``, in one pass."""
+        torch.add(center, delta, out=out)
 
     def __repr__(self) -> str:
         """Returns the constructor call."""

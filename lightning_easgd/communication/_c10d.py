@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+    from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, Store, TCPStore
 else:
+    from torch._C._distributed_c10d import AllgatherOptions
     from torch.distributed import PrefixStore, Store, TCPStore
 
-__all__ = ["Group", "PrefixStore", "Store", "TCPStore", "Work", "broadcast_bytes", "new_group"]
+__all__ = ["AllgatherOptions", "Group", "PrefixStore", "Store", "TCPStore", "Work", "broadcast_bytes", "new_group"]
 
 
 class Work(Protocol):
@@ -21,6 +22,10 @@ class Work(Protocol):
 
     def wait(self, timeout: timedelta = ...) -> bool:
         """Blocks until it is complete; ``RuntimeError`` if it fails or takes longer."""
+        ...
+
+    def is_completed(self) -> bool:
+        """Returns whether it is over, without waiting."""
         ...
 
     def get_future(self) -> Any:
@@ -33,6 +38,14 @@ class Group(Protocol):
 
     def allreduce(self, tensors: list[Tensor]) -> Work:
         """Starts summing one tensor over all ranks, in place."""
+        ...
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: AllgatherOptions) -> Work:
+        """Starts copying one tensor of each rank to all ranks: ``outputs[0][r]`` becomes rank r's ``inputs[0]``."""
+        ...
+
+    def alltoall_base(self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int]) -> Work:
+        """Starts sending part r of ``input`` to rank r and filling part r of ``output`` from it; [] is equal parts."""
         ...
 
     def broadcast(self, tensor: Tensor, root: int) -> Work:

@@ -3,12 +3,19 @@
 The elastic force of synchronous EASGD needs only the replica's parameters and the center that it already holds; the
 *sum* over replicas is not needed before the next exchange. So ``push`` starts the all-reduce and returns, and the next
 ``pull`` completes it: communication hides behind a whole period of compute, with the arithmetic unchanged.
+
+A thread of the center's sums chunk by chunk, and writes the new center beside the old one, into the memory of the delta
+that it has sent; when all is there, the two change places. So the old center is whole until the new one is, and two
+vectors are enough, if the algorithm writes what it exchanges into the one that the center lends (``borrow``).
 """
 
+import math
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,20 +30,53 @@ from lightning_easgd.communication._transport import (
     TransportError,
     check_open,
 )
+from lightning_easgd.communication._wire import (
+    Chunk,
+    Errors,
+    ExactLane,
+    Lane,
+    Layout,
+    RoundingLane,
+    Wire,
+    blocks,
+    bytes_of_ring,
+    codec_of,
+)
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["AllReduce"]
+
+# Bytes of a chunk, in the center's dtype. On the CPU small enough for the cache; on a device each launch has its price.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+_NUM_LANES = 4  # chunks that are under way at once, and may be before a lent vector is given back
 
 
 class AllReduce(Transport):
     """Synchronous transport: the center replicated in every replica, one all-reduce (sum) an exchange.
 
     The replicas' n-th pushes and abstentions belong together. The sum is applied to the center as one delta and counts
-    as ``num_replicas`` additions. All copies stay bit-identical, since a sum is computed once and then distributed.
-    Memory: the center, a message of the same size, and what the rule remembers.
+    as ``num_replicas`` additions. All copies stay bit-identical, since a sum is computed once and then distributed, or
+    by the same operations everywhere.
+
+    Memory: the center, a second vector of its size, some megabytes for messages, and what the rule remembers; with a
+    wire other than float32 also the rounding errors, ``1 + 1/num_replicas`` vectors (with two replicas one).
+
+    Args:
+        wire: what numbers travel as: ``"float32"`` (the center's own dtype), ``"bfloat16"``, half as many bytes, or
+            ``"int8"``, a quarter: multiples of one float32 for every 256 numbers. The slots travel as they are. What
+            rounding takes from a delta is added to this replica's next one, and is part of the center's state: in the
+            end the center receives everything. With more than two replicas the sums are rounded once more, likewise.
+
+    Raises:
+        ValueError: ``wire`` is another.
     """
 
     synchronous = True
+
+    def __init__(self, *, wire: Wire = "float32") -> None:
+        if wire not in get_args(Wire):
+            raise ValueError(f"AllReduce(wire={wire!r}): must be one of {', '.join(map(repr, get_args(Wire)))}")
+        self.wire = wire
 
     def open(
         self,
@@ -51,11 +91,87 @@ class AllReduce(Transport):
     ) -> OpenCenter:
         """Opens the center; see ``Transport.open``."""
         check_open(self, initial, replica, num_replicas, rule)
-        return _ReplicatedCenter(initial, replica, num_replicas, rule, store, timeout, num_slots)
+        return _ReplicatedCenter(initial, replica, num_replicas, rule, store, timeout, num_slots, self.wire)
 
     def __repr__(self) -> str:
         """Returns the constructor call."""
-        return "AllReduce()"
+        return "AllReduce()" if self.wire == "float32" else f"AllReduce(wire={self.wire!r})"
+
+
+class _Revocable:
+    """A group that starts nothing more once it is revoked.
+
+    What is going on then fails; what is queued, but has not begun, may last until its timeout.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._lock = threading.Lock()
+        self._revoked = False
+
+    def allreduce(self, tensors: list[Tensor]) -> Work:
+        with self._lock:
+            self._check()
+            return self._group.allreduce(tensors)
+
+    def alltoall_base(self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int]) -> Work:
+        with self._lock:
+            self._check()
+            return self._group.alltoall_base(output, input, output_sizes, input_sizes)
+
+    def revoke(self) -> None:
+        with self._lock:
+            self._revoked = True
+            if hasattr(self._group, "abort"):
+                self._group.abort()
+
+    def _check(self) -> None:
+        if self._revoked:
+            raise RuntimeError("it was given up")
+
+
+class _Flight:
+    """An exchange from its launch to its end, as the caller's thread and the center's both see it.
+
+    Attributes:
+        released: set when the delta's memory may be overwritten.
+        cancelled: whether it is given up; set before ``released``.
+        error: what ended it too early.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.released = threading.Event()
+        self.cancelled = False
+        self.error: Exception | None = None
+        self.launched_at = time.perf_counter()
+        self.completed_at = math.inf
+        self.thread: threading.Thread | None = None
+        # In the order of the caller's stream: the delta is there; its memory is free; and of ours: the new center is.
+        self.begun = self.free = self.arrived = None
+        if device.type == "cuda":
+            event: Callable[[], torch.cuda.Event] = torch.cuda.Event  # torch does not annotate its constructor
+            self.begun, self.free, self.arrived = event(), event(), event()
+
+    def release(self) -> None:
+        if not self.released.is_set():
+            if self.free is not None:
+                self.free.record()
+            self.released.set()
+
+
+class _Lent:
+    """An exchange of the vector that the center lends."""
+
+    def __init__(self, delta: Tensor, flight: _Flight) -> None:
+        self._delta, self._flight = delta, flight
+
+    def wait(self) -> Tensor:
+        """Returns the delta at once."""
+        return self._delta
+
+    def done(self) -> None:
+        """Gives the delta's memory back."""
+        self._flight.release()
 
 
 class _ReplicatedCenter(OpenCenter):
@@ -70,6 +186,7 @@ class _ReplicatedCenter(OpenCenter):
         store: Store,
         timeout: timedelta,
         num_slots: int,
+        wire: Wire,
     ) -> None:
         super().__init__(replica=replica, num_replicas=num_replicas, num_slots=num_slots, dtype=initial.dtype)
         self._rule = rule
@@ -77,18 +194,42 @@ class _ReplicatedCenter(OpenCenter):
         self._clock = 0
         self._value = initial.clone()
         self._memory = [torch.zeros_like(initial) for _ in range(rule.num_vectors)]
-        # The sums of the deltas, of how many of them there are, and of the slots.
-        self._message = initial.new_empty(initial.numel() + 1 + num_slots)
-        self._work: Work | None = None
-        self._launched_at = 0.0
-        self._completed_at: float | None = None
+        # The delta, and what becomes the next center or the deltas' sum; from the first exchange on.
+        self._other: Tensor | None = None
+        # Chunks of a rule without memory may be applied as they come: the old center stands until all have.
+        self._by_chunks = not rule.num_vectors and not rule.synchronous_only
+        # How many deltas there are in the sum, and the sum of the slots.
+        self._header = initial.new_empty(1 + num_slots)
+        self._flight: _Flight | None = None
+        self._failed = False
+        stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream  # torch does not annotate it
+        self._stream = stream(initial.device) if initial.is_cuda else None
         try:
-            self._group: Group | None = new_group(store, replica, num_replicas, initial.device, timeout)
-            self._group.broadcast(self._value, 0).wait(timeout)
+            group = new_group(store, replica, num_replicas, initial.device, timeout)
+            group.broadcast(self._value, 0).wait(timeout)
         except RuntimeError as error:
             raise TransportError(
                 f"replica {replica} of {num_replicas} could not open the all-reduce center: {error}"
             ) from error
+        self._group: _Revocable | None = _Revocable(group)
+        self._wire: Wire = "float32" if num_replicas == 1 else wire  # one replica sends nothing
+        codec = codec_of(self._wire, initial)
+        chunk = _CHUNK_BYTES[initial.device.type] // initial.itemsize
+        self._layout = Layout(initial.numel(), num_replicas, chunk, 1 if codec is None else codec.align)
+        self._errors = None if codec is None else Errors(self._layout, num_replicas, initial)
+        payload = initial.numel() * initial.itemsize if codec is None else codec.size(self._layout.padded)
+        header = self._header.numel() * initial.itemsize
+        self._bytes_an_exchange = bytes_of_ring(num_replicas, payload + header)
+        self._lanes: list[Lane] = []
+
+    def _new_lane(self) -> Lane:
+        assert self._group is not None
+        size, layout = self.num_replicas, self._layout
+        if self._errors is None:
+            return ExactLane(self._group, size * layout.largest, self._value, self._timeout)
+        codec = codec_of(self._wire, self._value)
+        assert codec is not None
+        return RoundingLane(self._group, self.replica, size, layout, codec, self._errors, self._timeout)
 
     @property
     def value(self) -> Tensor:
@@ -103,71 +244,151 @@ class _ReplicatedCenter(OpenCenter):
         self.drain()
         return Snapshot(self._value, self._clock)
 
+    def borrow(self) -> Tensor:
+        """Completes what is outstanding and lends (d,) memory for the x of the next exchange. See ``Center.borrow``."""
+        self._require_open()
+        self.drain()
+        if self._other is None:
+            with torch.inference_mode(False):  # the thread, which writes it, is outside of the caller's mode
+                self._other = torch.empty_like(self._value)
+        return self._other
+
     def push(self, delta: Tensor, *, read_at: int) -> None:
-        self._add(delta, read_at, 1.0)
+        self._copy(delta, read_at, 1.0)
+        self._launch(self._other, 1.0, free=True)
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
         delta(x, snapshot.value)
-        self._add(x, snapshot.clock, scale)
-        return Completed(x)
-
-    def _add(self, delta: Tensor, read_at: int, scale: float) -> None:
-        self._require_open()
-        self.drain()
-        self._refuse_nonfinite(delta)
-        # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
-        weight = self._rule.weight(self._clock - read_at)
-        torch.mul(delta, scale * weight, out=self._message[: delta.numel()])
-        self._launch(num_deltas=1)
-        self.traffic.exchanges += 1
+        if self._other is None or x.data_ptr() != self._other.data_ptr():
+            self._copy(x, snapshot.clock, scale)
+            self._launch(self._other, 1.0, free=True)
+            return Completed(x)
+        self._refuse_nonfinite(x)
+        return _Lent(x, self._launch(x, scale * self._rule.weight(0), free=False))
 
     def abstain(self) -> None:
-        self._require_open()
-        self.drain()
-        self._message.zero_()
-        self._launch(num_deltas=0)
+        self.borrow()
+        self._launch(None, 1.0, free=True)
+
+    def _copy(self, delta: Tensor, read_at: int, scale: float) -> None:
+        """Puts a delta with its factors into the memory of the next exchange, where it is finite."""
+        message = self.borrow()
+        self._refuse_nonfinite(delta)
+        # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
+        torch.mul(delta, scale * self._rule.weight(self._clock - read_at), out=message)
 
     def _require_open(self) -> None:
         if self._group is None:
             raise TransportError(f"replica {self.replica}: the all-reduce center is closed")
+        if self._failed:
+            raise TransportError(
+                f"replica {self.replica} of {self.num_replicas}: an all-reduce has failed before; the replicas are no "
+                "longer in step, and the center has the value from before it"
+            )
 
-    def _launch(self, *, num_deltas: int) -> None:
+    def _launch(self, delta: Tensor | None, scale: float, *, free: bool) -> _Flight:
+        self._header[0] = 0 if delta is None else 1
+        self._header[1:].copy_(self.announcement)
+        flight = self._flight = _Flight(self._value.device)
+        if flight.begun is not None:
+            flight.begun.record()
+        if free:
+            flight.release()
+        flight.thread = threading.Thread(target=self._fly, args=(flight, delta, scale), name="all-reduce", daemon=True)
+        flight.thread.start()
+        self.traffic.bytes_sent += self._bytes_an_exchange
+        self.traffic.exchanges += delta is not None
+        return flight
+
+    # --- in the thread of an exchange -------------------------------------------------------------------------------
+
+    def _fly(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
+        try:
+            stream = self._stream
+            context: AbstractContextManager[Any] = nullcontext() if stream is None else torch.cuda.stream(stream)
+            with torch.no_grad(), context:
+                if stream is not None and flight.begun is not None:
+                    stream.wait_event(flight.begun)
+                self._sum(flight, delta, scale)
+                if flight.arrived is not None:
+                    flight.arrived.record()
+        except Exception as error:
+            flight.error = error  # raised by ``drain``
+        finally:
+            flight.completed_at = time.perf_counter()
+
+    def _sum(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
+        """Sums header and chunks over the replicas; the order of operations is the same in all of them."""
         assert self._group is not None
-        size = self._value.numel()
-        self._message[size].fill_(num_deltas)
-        self._message[size + 1 :].copy_(self.announcement)
-        self._completed_at = None
-        self._launched_at = time.perf_counter()
-        self._work = self._group.allreduce([self._message])
-        self._work.get_future().add_done_callback(self._note_completion)
-        # What a ring all-reduce sends: every chunk but one, once to be summed and once to be distributed.
-        sent = 2 * (self.num_replicas - 1) * self._message.numel() * self._message.element_size()
-        self.traffic.bytes_sent += sent // self.num_replicas
+        chunks, lanes = self._layout.chunks, self._lanes
+        while len(lanes) < min(_NUM_LANES, len(chunks)):
+            lanes.append(self._new_lane())
+        heading = self._group.allreduce([self._header])
+        any_delta = False
+        for i in range(len(chunks) + 1):
+            if i < len(chunks):
+                lane, chunk = lanes[i % len(lanes)], chunks[i]
+                if i >= len(lanes):
+                    self._settle(flight, chunks[i - len(lanes)], lane.finish(), any_delta)
+                part = None if delta is None else delta[chunk[0] : chunk[1]]
+                lane.launch(chunk, part, scale, in_place=flight.released.is_set())
+            if i == 0:
+                heading.wait(self._timeout)
+                any_delta = bool(self._header[0] > 0)
+            else:
+                lanes[(i - 1) % len(lanes)].relay(any_delta=any_delta)
+        for i in range(len(chunks) - len(lanes), len(chunks)):
+            self._settle(flight, chunks[i], lanes[i % len(lanes)].finish(), any_delta)
 
-    def _note_completion(self, _: object) -> None:
-        self._completed_at = time.perf_counter()
+    def _settle(self, flight: _Flight, chunk: Chunk, total: Tensor, any_delta: bool) -> None:
+        """Writes the new center's chunk, or the sum's, over the delta's, once that is no longer needed."""
+        if not flight.released.wait(self._timeout.total_seconds()):
+            raise RuntimeError("the vector that the center had lent was not given back in time")
+        if flight.cancelled:
+            raise RuntimeError("it was given up")
+        if self._stream is not None and flight.free is not None:
+            self._stream.wait_event(flight.free)
+        if not any_delta:
+            return
+        assert self._other is not None
+        start, stop, _ = chunk
+        for new, old, part in blocks(self._other[start:stop], self._value[start:stop], total):
+            if self._by_chunks:
+                self._rule.applied(old, part, new)
+            else:
+                new.copy_(part)
+
+    # --- in the caller's --------------------------------------------------------------------------------------------
 
     def drain(self, timeout: timedelta | None = None) -> None:
-        work, self._work = self._work, None
-        if work is None:
+        flight, self._flight = self._flight, None
+        if flight is None:
             return
+        assert flight.thread is not None
+        assert self._other is not None
         began = time.perf_counter()
-        try:
-            work.wait(self._timeout if timeout is None else timeout)
-        except RuntimeError as error:
+        flight.release()
+        # The operations' own timeout says more, so it may come first.
+        flight.thread.join(self._timeout.total_seconds() + 1 if timeout is None else timeout.total_seconds())
+        if flight.thread.is_alive() or flight.error is not None:
+            self._failed = flight.cancelled = True
             raise TransportError(
                 f"replica {self.replica} of {self.num_replicas}: the all-reduce that began "
-                f"{began - self._launched_at:.1f} s ago did not complete and was not applied: {error}"
-            ) from error
+                f"{began - flight.launched_at:.1f} s ago did not complete and was not applied: "
+                f"{flight.error or 'the time is out'}"
+            ) from flight.error
+        if flight.arrived is not None:
+            torch.cuda.current_stream(self._value.device).wait_event(flight.arrived)
         ended = time.perf_counter()
-        completed = min(self._completed_at or ended, ended)
         self.traffic.exposed_s += ended - began
-        self.traffic.hidden_s += max(0.0, min(completed, began) - self._launched_at)
-        size = self._value.numel()
-        if self._message[size] > 0:  # where all abstain, a rule with momentum must not take it for a step of zero
-            self._rule.apply_(self._value, self._message[:size], *self._memory)
-        self.announced.copy_(self._message[size + 1 :])
+        self.traffic.hidden_s += max(0.0, min(flight.completed_at, began) - flight.launched_at)
+        if self._header[0] > 0:  # where all abstain, a rule with momentum must not take it for a step of zero
+            if self._by_chunks:
+                self._value, self._other = self._other, self._value
+            else:
+                self._rule.apply_(self._value, self._other, *self._memory)
+        self.announced.copy_(self._header[1:])
         self._clock += self.num_replicas
 
     def lost(self) -> list[int]:
@@ -178,6 +399,7 @@ class _ReplicatedCenter(OpenCenter):
             "clock": self._clock,
             "rule": self._rule.state_dict(),
             "memory": [vector.clone() for vector in self._memory],
+            "rounding": None if self._errors is None else self._errors.state_dict(),
             "traffic": vars(self.traffic).copy(),
         }
 
@@ -187,13 +409,19 @@ class _ReplicatedCenter(OpenCenter):
         self._rule.load_state_dict(state["rule"])
         for vector, saved in zip(self._memory, state["memory"], strict=True):
             vector.copy_(saved)
+        if self._errors is not None:
+            self._errors.load_state_dict(state.get("rounding"))
         self.traffic = Traffic(**state["traffic"])
 
     def close(self) -> None:
         group, self._group = self._group, None
+        flight, self._flight = self._flight, None
         # A group waits for its operations when it is destroyed; one that a lost peer never answers must not hold us.
-        if group is not None and self._work is not None and hasattr(group, "abort"):
-            group.abort()
-        self._work = None
-        self._value = self._message = self._value.new_empty(0)
-        self._memory = []
+        if flight is not None:
+            flight.cancelled = True
+            flight.release()
+        if group is not None and (flight is not None or self._failed):
+            group.revoke()
+        self._value = self._value.new_empty(0)
+        self._other, self._errors = None, None
+        self._memory, self._lanes = [], []

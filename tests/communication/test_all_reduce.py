@@ -1,43 +1,58 @@
-"""Beyond the conformance suite: the all-reduce is started at a push and waited for at the next pull."""
+"""Beyond the conformance suite: the all-reduce goes on beside the caller, from a push to the next pull."""
 
 import threading
+import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_easgd.algorithms import EASGD
-from lightning_easgd.communication import all_reduce
-from lightning_easgd.communication._c10d import new_group
+from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter, TransportError, all_reduce
+from lightning_easgd.communication._c10d import Group, Store, new_group
 from lightning_easgd.flatten import ParameterVector
-from lightning_easgd.rules import Addition
-from tests.helpers import TIMEOUT, run_threads
+from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
+from tests.helpers import TIMEOUT, run_replicas, run_threads
 
 
 class _GatedWork:
-    """An operation that is not complete before ``gate`` opens."""
+    """An operation that nobody sees complete before ``gate`` opens."""
 
     def __init__(self, work: Any, gate: threading.Event) -> None:
         self._work, self._gate = work, gate
 
-    def wait(self, timeout: Any) -> bool:
-        assert self._gate.is_set(), "waited for an all-reduce that cannot be complete yet"
+    def wait(self, timeout: timedelta) -> bool:
+        assert self._gate.wait(timeout.total_seconds()), "the gate stayed shut"
         return bool(self._work.wait(timeout))
-
-    def get_future(self) -> Any:
-        return self._work.get_future()
 
 
 class _GatedGroup:
-    def __init__(self, group: Any, gate: threading.Event) -> None:
+    """A group whose all-reduces seem to last until ``gate`` opens."""
+
+    def __init__(self, group: Group, gate: threading.Event) -> None:
         self._group, self._gate = group, gate
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any:
         return self._group.broadcast(tensor, root)
 
     def allreduce(self, tensors: list[torch.Tensor]) -> Any:
-        self._gate.clear()
         return _GatedWork(self._group.allreduce(tensors), self._gate)
+
+
+def open_center(
+    replica: int,
+    store: Store,
+    initial: torch.Tensor,
+    *,
+    num_replicas: int = 2,
+    rule: CenterRule | None = None,
+    timeout: timedelta = TIMEOUT,
+) -> OpenCenter:
+    return all_reduce.AllReduce().open(
+        initial, replica=replica, num_replicas=num_replicas, rule=rule or Addition(), store=store, timeout=timeout
+    )
 
 
 def test_an_exchange_is_waited_for_only_at_the_next(monkeypatch):
@@ -51,16 +66,15 @@ def test_an_exchange_is_waited_for_only_at_the_next(monkeypatch):
     def body(replica, store):
         parameter = torch.ones(7)
         vector = ParameterVector([parameter])
-        center = all_reduce.AllReduce().open(
-            vector.read(), replica=replica, num_replicas=2, rule=Addition(), store=store, timeout=TIMEOUT
-        )
         algorithm = EASGD(period=period)
-        with center:
+        with open_center(replica, store, vector.read()) as center:
             for step in range(6 * period):
 
-                def local_update(last=step % period == period - 1):
+                def local_update(step=step):
                     parameter.mul_(0.9 + 0.01 * replica)
-                    if last:
+                    if step % period == 0:  # the exchange of this step has begun, and the one before is over
+                        gates[replica].clear()
+                    elif step % period == period - 1:
                         gates[replica].set()
 
                 algorithm.step(vector, center, local_update)
@@ -71,33 +85,19 @@ def test_an_exchange_is_waited_for_only_at_the_next(monkeypatch):
         assert traffic.exchanges == 6
 
 
-def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monkeypatch):
+def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait():
     """It is over before the next exchange asks for it: the wait is nothing, the hidden time is all of it."""
-    completed = [threading.Event() for _ in range(2)]
-
-    class _Observed(_GatedGroup):
-        def allreduce(self, tensors):
-            work = self._group.allreduce(tensors)
-            work.get_future().add_done_callback(lambda _: self._gate.set())
-            return work
-
-    monkeypatch.setattr(
-        all_reduce, "new_group", lambda store, rank, *rest: _Observed(new_group(store, rank, *rest), completed[rank])
-    )
 
     def body(replica, store):
         parameter = torch.ones(200_000)
         vector = ParameterVector([parameter])
-        center = all_reduce.AllReduce().open(
-            vector.read(), replica=replica, num_replicas=2, rule=Addition(), store=store, timeout=TIMEOUT
-        )
         algorithm = EASGD(period=1)
-        with center:
+        with open_center(replica, store, vector.read()) as center:
             for _ in range(5):
 
                 def local_update():  # compute that lasts as long as the collective, whatever that takes here
-                    assert completed[replica].wait(TIMEOUT.total_seconds())
-                    completed[replica].clear()
+                    center._flight.thread.join(TIMEOUT.total_seconds())
+                    assert not center._flight.thread.is_alive()
 
                 algorithm.step(vector, center, local_update)
             center.drain()
@@ -111,10 +111,7 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monke
 @pytest.mark.parametrize(("num_replicas", "share"), [(1, 0), (2, 1), (4, 1.5)])
 def test_bytes_are_those_of_a_ring(num_replicas, share):
     def body(replica, store):
-        center = all_reduce.AllReduce().open(
-            torch.zeros(1000), replica=replica, num_replicas=num_replicas, rule=Addition(), store=store, timeout=TIMEOUT
-        )
-        with center:
+        with open_center(replica, store, torch.zeros(1000), num_replicas=num_replicas) as center:
             for _ in range(3):
                 center.push(torch.ones(1000), read_at=center.pull().clock)
             center.drain()
@@ -122,3 +119,155 @@ def test_bytes_are_those_of_a_ring(num_replicas, share):
 
     # 1000 numbers, and how many deltas there are in the sum.
     assert run_threads(body, num_replicas) == [3 * int(share * 4004)] * num_replicas
+
+
+@pytest.mark.parametrize("rule", [Addition, lambda: MomentumCenter(0.5)], ids=["Addition", "MomentumCenter"])
+@pytest.mark.parametrize("numel", [7, 100_000])
+def test_a_lent_vector_is_exchanged_like_the_callers_own(rule, numel, monkeypatch):
+    """To the last bit, in one chunk and in many; the force stands until it is given back, however long that takes."""
+    monkeypatch.setitem(all_reduce._CHUNK_BYTES, "cpu", 8192)
+
+    def body(replica, store, lent):
+        generator = torch.Generator().manual_seed(replica)
+        own = torch.empty(numel)
+        forces = []
+        with open_center(replica, store, torch.ones(numel), rule=rule()) as center:
+            for _ in range(3):
+                x = center.borrow() if lent else own
+                x.normal_(generator=generator)
+                pending = center.exchange(x, torch.Tensor.sub_, scale=0.3)
+                center._flight.thread.join(0.05)  # as far as it comes while the force is needed
+                forces.append(pending.wait().clone())
+                if lent:
+                    pending.done()
+            return forces, center.pull().value.clone()
+
+    lent, own = run_threads(body, 2, True), run_threads(body, 2, False)
+    for (forces, value), (expected_forces, expected) in zip(lent, own, strict=True):
+        assert torch.equal(torch.stack(forces), torch.stack(expected_forces))
+        assert torch.equal(value, expected)
+    assert torch.equal(lent[0][1], lent[1][1])
+
+
+def test_a_lent_vector_that_is_not_given_back_is_the_centers_at_its_next_operation():
+    def body(replica, store):
+        with open_center(replica, store, torch.zeros(5)) as center:
+            center.exchange(center.borrow().fill_(2.0 + replica), torch.Tensor.sub_)
+            return center.pull().value.clone()
+
+    for value in run_threads(body, 2):
+        assert torch.equal(value, torch.full((5,), 5.0))
+
+
+def test_a_lent_vector_that_is_not_finite_is_refused():
+    def body(replica, store):
+        with open_center(replica, store, torch.zeros(5)) as center:
+            x = center.borrow().fill_(1.0)
+            if replica == 1:
+                x[3] = float("nan")
+                with pytest.raises(NonFiniteDeltaError, match="replica 1: 1 of 5 numbers"):
+                    center.exchange(x, torch.Tensor.sub_)
+                center.abstain()
+            else:
+                center.exchange(x, torch.Tensor.sub_).done()
+            return center.pull().value.clone()
+
+    for value in run_threads(body, 2):
+        assert torch.equal(value, torch.ones(5))
+
+
+def test_a_failed_exchange_leaves_the_center_whole(monkeypatch):
+    """Replica 1 sends some chunks and is gone; replica 0 has some of the sum, and none of it in its center."""
+    monkeypatch.setitem(all_reduce._CHUNK_BYTES, "cpu", 4096)
+    gone = threading.Event()
+
+    def body(replica, store):
+        timeout = timedelta(seconds=2) if replica == 0 else TIMEOUT
+        with open_center(replica, store, torch.zeros(10_000), timeout=timeout) as center:
+            center.push(torch.ones(10_000), read_at=0)
+            before = center.pull().value.clone()
+            if replica == 1:
+                # Never given back: as many chunks are sent as there are lanes.
+                center.exchange(center.borrow().fill_(5.0), torch.Tensor.sub_)
+                assert gone.wait(TIMEOUT.total_seconds())
+                return before, before
+            center.push(torch.ones(10_000), read_at=2)
+            began = time.monotonic()
+            with pytest.raises(TransportError, match="replica 0 of 2: the all-reduce that began .* was not applied"):
+                center.drain()
+            gone.set()
+            assert time.monotonic() - began < 8
+            with pytest.raises(TransportError, match="an all-reduce has failed before"):
+                center.push(torch.ones(10_000), read_at=2)
+            return before, center.value.clone()
+
+    for before, after in run_threads(body, 2):
+        assert torch.equal(before, torch.full((10_000,), 2.0))
+        assert torch.equal(after, before)
+
+
+def test_an_exchange_may_begin_in_inference_mode_and_go_on_outside():
+    def body(replica, store):
+        with open_center(replica, store, torch.zeros(5)) as center:
+            with torch.inference_mode():
+                center.abstain()
+                center.drain()
+            center.push(torch.ones(5), read_at=center.clock)
+            return center.pull().value.clone()
+
+    for value in run_threads(body, 2):
+        assert torch.equal(value, torch.full((5,), 2.0))
+
+
+def test_close_does_not_wait_for_what_is_outstanding():
+    """The other replica never comes to the exchange; the thread ends with the operation's timeout at the latest."""
+
+    def body(replica, store):
+        center = open_center(replica, store, torch.zeros(5), timeout=timedelta(seconds=2))
+        if replica == 0:
+            center.push(torch.ones(5), read_at=0)
+            thread = center._flight.thread
+            began = time.monotonic()
+            center.close()
+            assert time.monotonic() - began < 1
+            thread.join(8)
+            assert not thread.is_alive()
+            store.set("closed", "")
+        store.wait(["closed"], TIMEOUT)
+        center.close()
+
+    run_threads(body, 2)
+
+
+def _grow(replica: int, path: str, numel: int) -> float:
+    """Returns by how much, in vectors, the most memory that was ever in use grew with exchanges of the lent vector."""
+
+    def peak_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    parameters = torch.zeros(numel)
+    with open_center(replica, torch.distributed.FileStore(f"{path}/warm", 2), torch.zeros(1 << 21)) as center:
+        for _ in range(2):  # what the group and its threads take once
+            center.exchange(center.borrow().fill_(1.0), torch.Tensor.sub_).done()
+        center.drain()
+    before = peak_bytes()
+    with open_center(replica, torch.distributed.FileStore(f"{path}/store", 2), parameters) as center:
+        for _ in range(3):
+            pending = center.exchange(center.borrow().copy_(parameters), torch.Tensor.sub_, scale=0.5)
+            parameters.add_(pending.wait(), alpha=-0.5)
+            pending.done()
+        center.drain()
+    return (peak_bytes() - before) / (4 * numel)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_an_exchange_takes_two_vectors_of_memory(tmp_path):
+    for vectors in run_replicas(_grow, 2, str(tmp_path), 32 << 20):
+        assert 1.9 < vectors < 2.25
+
+
+def test_a_wire_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"AllReduce\(wire='float16'\): must be one of 'float32', 'bfloat16', 'int8'"):
+        all_reduce.AllReduce(wire="float16")
+    assert repr(all_reduce.AllReduce(wire="int8")) == "AllReduce(wire='int8')"
