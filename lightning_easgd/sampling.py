@@ -1,23 +1,30 @@
 """Which replica sees which data.
 
-``DynamicSampler`` deals the batches of one epoch to the replicas as they ask for them, so that a fast replica does more
-and all end together. It knows a store's counter, and no process group: drawing a batch waits for no other replica.
+``ReplicaSampler`` gives each replica the whole set, or a fixed part of it, in an order of the replica's own; no process
+hears of another. ``DynamicSampler`` deals the batches of one epoch to the replicas as they ask for them, so that a fast
+replica does more and all end together. It knows a store's counter, and no process group: drawing a batch waits for no
+other replica.
 """
 
 import hashlib
+import inspect
+import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from lightning_easgd.communication._c10d import PrefixStore, Store
 
-__all__ = ["Draws", "DynamicSampler", "set_epoch"]
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+__all__ = ["Draws", "DynamicSampler", "ReplicaSampler", "replace_sampler", "set_epoch"]
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -28,6 +35,119 @@ def set_epoch(loader: Any, epoch: int) -> None:
         tell = getattr(sampler, "set_epoch", None)
         if callable(tell):
             tell(epoch)
+
+
+def replace_sampler(trainer: "Trainer", loader: Any, sampler: Any) -> Any:
+    """Returns a training loader like ``loader``, made by Lightning, with another sampler, which it tells the epoch.
+
+    Lightning tells it only after it has made the iterator, from which workers may have drawn already.
+    """
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    sampler.set_epoch(progress.processed)
+    update_dataloader = vars(inspect.getmodule(type(trainer._data_connector)))["_update_dataloader"]
+    return update_dataloader(loader, sampler, mode="train")
+
+
+class ReplicaSampler(Sampler[int]):
+    """Yields one process's indices of an epoch that each replica has for itself.
+
+    A replica's epoch is one pass through ``sampler``, in an order that is a function of ``seed``, ``replica`` and the
+    epoch alone. With a ``fraction`` it is the indices of the replica's part alone: a fixed permutation of the set, by
+    ``seed`` and the same on all replicas, is laid in a ring, and the part is the window of ``ceil(fraction * n)`` of
+    ``n`` samples that begins at ``replica / num_replicas`` of it. Parts overlap evenly: with ``m`` samples each, every
+    sample is in ``num_replicas * m / n`` of them, rounded up or down. Below 1, some are in none.
+
+    The processes, or members, of a replica share its epoch out in turn, like ``DistributedSampler``: all have as many
+    indices, the first ones again at the end where they would not. Not collective.
+
+    The random numbers of ``sampler`` are torch's, from the default CPU generator, which is as before afterwards; or
+    from its own ``generator``, whose initial seed then takes the place of ``seed``. A sampler with other random
+    numbers has the order that it has, which its ``set_epoch``, if any, may change from epoch to epoch.
+
+    Args:
+        sampler: the order of one process's epoch, with a length.
+        replica: this replica's index.
+        num_replicas: number of replicas.
+        member: this process's index in its replica. Default 0.
+        replica_size: number of processes of a replica, >= 1. Default 1.
+        fraction: of the set that a replica has, in (0, 1); ``sampler`` must then yield each sample once. None: all.
+        seed: of permutation and orders; the same on all replicas. Default 0.
+
+    Attributes:
+        sampler: as given.
+        epoch: as last set; 0 at first.
+
+    Raises:
+        ValueError: ``fraction`` is not in (0, 1), or ``sampler`` has no length, or, with a fraction, is neither a
+            ``SequentialSampler`` nor a ``RandomSampler`` of each sample once; or, while iterating, it yields another
+            number of indices than its length.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        *,
+        replica: int,
+        num_replicas: int,
+        member: int = 0,
+        replica_size: int = 1,
+        fraction: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(f"data={fraction!r}: a fraction of the training set must be in (0, 1)")
+        kind, data = type(sampler).__name__, "replicate" if fraction is None else fraction
+        if not hasattr(sampler, "__len__"):
+            raise ValueError(f"data={data!r}: the loader's {kind} has no length; give it a __len__")
+        if fraction is not None and not _yields_each_once(sampler):
+            raise ValueError(
+                f"data={data!r}: the loader's {kind} chooses samples itself, so that a replica cannot have a fixed "
+                "part of them; give the DataLoader shuffle=True in its place, over a torch.utils.data.Subset if need "
+                "be, or use data='replicate'"
+            )
+        self.sampler = sampler
+        self.epoch = 0
+        self._replica, self._num_replicas = replica, num_replicas
+        self._member, self._replica_size = member, replica_size
+        self._fraction, self._seed = fraction, seed
+
+    def __len__(self) -> int:
+        """Returns the number of indices that this process has in an epoch."""
+        return -(-self._num_samples() // self._replica_size)
+
+    def __iter__(self) -> Iterator[int]:
+        """Returns this process's indices."""
+        order = _order(self.sampler, self._seed, lambda seed: _mixed(seed, self._replica, self.epoch))
+        if self._fraction is not None:
+            inside = self._part()
+            order = array("q", (index for index in order if inside[index]))
+        positions = range(self._member, len(self) * self._replica_size, self._replica_size)
+        return (order[position % len(order)] for position in positions)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the iterators that are made from now on."""
+        self.epoch = epoch
+        tell = getattr(self.sampler, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+    def _num_samples(self) -> int:
+        """Returns how many samples the replica has in an epoch."""
+        total = len(self.sampler)
+        if self._fraction is None:
+            return total
+        # Rounded first: 0.07 * 100 is a little more than 7.
+        return min(total, max(1, math.ceil(round(self._fraction * total, 6))))
+
+    def _part(self) -> bytearray:
+        """Returns for each index whether it is in the replica's part."""
+        total = len(self.sampler)
+        ring = torch.randperm(total, generator=torch.Generator().manual_seed(self._seed)).tolist()
+        begin = self._replica * total // self._num_replicas
+        inside = bytearray(total)
+        for position in range(begin, begin + self._num_samples()):
+            inside[ring[position % total]] = True
+        return inside
 
 
 class Draws:
@@ -216,23 +336,7 @@ class DynamicSampler(Sampler[int]):
             self._is_apart = False
 
     def _order(self) -> "array[int]":
-        generator = getattr(self.sampler, "generator", None)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed + self.epoch)  # torch.manual_seed would seed GPUs, too
-            if generator is not None:
-                own = torch.Generator(generator.device)
-                self.sampler.generator = own.manual_seed(generator.initial_seed() + self.epoch)
-            try:
-                order = array("q", self.sampler)
-            finally:
-                if generator is not None:
-                    self.sampler.generator = generator
-        if len(order) != len(self):
-            raise ValueError(
-                f"data='dynamic': {type(self.sampler).__name__} has a length of {len(self)} and yields {len(order)} "
-                "indices; they must be as many as it says"
-            )
-        return order
+        return _order(self.sampler, self._seed, lambda seed: seed + self.epoch)
 
     def _check_agreement(self, store: Store, order: "array[int]") -> None:
         own = hashlib.blake2b(order.tobytes(), digest_size=16).hexdigest()
@@ -243,3 +347,39 @@ class DynamicSampler(Sampler[int]):
                 f"replica {first}; {type(self.sampler).__name__} must yield the same on all replicas: let its random "
                 "numbers come from torch alone, or from a seed and its set_epoch, and do not split the data by rank"
             )
+
+
+def _order(sampler: Any, seed: int, seed_of_epoch: Callable[[int], int]) -> "array[int]":
+    """Returns the indices of a sampler's epoch.
+
+    Its random numbers begin with ``seed_of_epoch`` of its generator's initial seed, or of ``seed`` where it has none.
+    """
+    generator = getattr(sampler, "generator", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of_epoch(seed))  # torch.manual_seed would seed GPUs, too
+        if generator is not None:
+            own = torch.Generator(generator.device)
+            sampler.generator = own.manual_seed(seed_of_epoch(generator.initial_seed()))
+        try:
+            order = array("q", sampler)
+        finally:
+            if generator is not None:
+                sampler.generator = generator
+    if len(order) != len(sampler):
+        raise ValueError(
+            f"{type(sampler).__name__} has a length of {len(sampler)} and yields {len(order)} indices; they must be as "
+            "many as it says"
+        )
+    return order
+
+
+def _mixed(seed: int, replica: int, epoch: int) -> int:
+    """Returns a seed of all three. With their sum, replica 1 would have the order of replica 0's next epoch."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {replica} {epoch}".encode(), digest_size=8).digest(), "big")
+
+
+def _yields_each_once(sampler: Any) -> bool:
+    # By type: a subclass may yield whatever it likes.
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and len(sampler) == len(sampler.data_source)
+    return type(sampler) is SequentialSampler
