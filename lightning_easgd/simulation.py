@@ -30,10 +30,11 @@ import copy
 import heapq
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -73,9 +74,84 @@ class Objective(Protocol):
         """Returns a stochastic gradient at ``x``, a new tensor of its shape: (d,), or (p, d), one row a replica."""
         ...
 
+    def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the loss of which ``gradient`` is the gradient, given as the generator is now: a number, or (p,).
+
+        Called only for algorithms that need it.
+        """
+        ...
+
+
+class _Separable(ABC):
+    """An objective that draws its noise first, by replica, and can then give many replicas' gradients at once.
+
+    ``slope`` is elementwise, so that one row of many has the bits that it has alone.
+    """
+
+    @property
+    @abstractmethod
+    def is_noisy(self) -> bool:
+        """Whether anything is drawn."""
+
+    @abstractmethod
+    def draw_(self, out: Tensor, generator: torch.Generator) -> None:
+        """Fills ``out``, contiguous, with what a gradient needs; not called where nothing is drawn."""
+
+    @abstractmethod
+    def slope(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        """Returns the gradient at ``x``, a new tensor of its shape, given what was drawn."""
+
+    @abstractmethod
+    def height(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        """Returns the loss of each coordinate of ``x``, a new tensor of its shape, given what was drawn."""
+
+    def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns a stochastic gradient at ``x``. See ``Objective``."""
+        return self.slope(x, self._drawn(x, generator))
+
+    def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the sum over the coordinates. See ``Objective``."""
+        return self.height(x, self._drawn(x, generator)).sum(-1)
+
+    def _drawn(self, x: Tensor, generator: torch.Generator) -> Tensor | None:
+        if not self.is_noisy:
+            return None
+        drawn = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.draw_(drawn, generator)
+        return drawn
+
+
+class _NormalNoise(_Separable):
+    """Gradients minus normal noise of standard deviation ``noise``."""
+
+    noise: float
+
+    @property
+    def is_noisy(self) -> bool:
+        return self.noise != 0
+
+    def draw_(self, out: Tensor, generator: torch.Generator) -> None:
+        out.normal_(generator=generator)
+
+    def slope(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        exact = self.exact(x)
+        return exact if drawn is None else exact.sub_(drawn, alpha=self.noise)
+
+    def height(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        exact = self.exact_height(x)
+        return exact if drawn is None else exact.sub_(drawn * x, alpha=self.noise)
+
+    @abstractmethod
+    def exact(self, x: Tensor) -> Tensor:
+        """Returns the gradient without noise, a new tensor."""
+
+    @abstractmethod
+    def exact_height(self, x: Tensor) -> Tensor:
+        """Returns the loss of each coordinate without noise, a new tensor."""
+
 
 @dataclass(frozen=True)
-class Quadratic:
+class Quadratic(_NormalNoise):
     """``curvature x^2 / 2`` in each coordinate; its gradient with normal noise of standard deviation ``noise``.
 
     Attributes:
@@ -86,25 +162,32 @@ class Quadratic:
     curvature: float | Tensor = 1.0
     noise: float = 0.0
 
-    def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns ``curvature x - noise xi``."""
-        gradient = x * self.curvature
-        return _subtract_noise(gradient, self.noise, generator)
+    def exact(self, x: Tensor) -> Tensor:
+        """Returns ``curvature x``."""
+        return x * self.curvature
+
+    def exact_height(self, x: Tensor) -> Tensor:
+        """Returns ``curvature x^2 / 2``."""
+        return x * x * self.curvature / 2
 
 
 @dataclass(frozen=True)
-class DoubleWell:
+class DoubleWell(_NormalNoise):
     """``(x^2 - 1)^2 / 4`` in each coordinate: minima at -1 and 1. Noise as in ``Quadratic``."""
 
     noise: float = 0.0
 
-    def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns ``x^3 - x - noise xi``."""
-        return _subtract_noise(x * x * x - x, self.noise, generator)
+    def exact(self, x: Tensor) -> Tensor:
+        """Returns ``x^3 - x``."""
+        return x * x * x - x
+
+    def exact_height(self, x: Tensor) -> Tensor:
+        """Returns ``(x^2 - 1)^2 / 4``."""
+        return (x * x - 1) ** 2 / 4
 
 
 @dataclass(frozen=True)
-class MultiplicativeNoise:
+class MultiplicativeNoise(_Separable):
     """A quadratic whose curvature is drawn anew for each gradient and coordinate, Gamma-distributed.
 
     Attributes:
@@ -115,10 +198,25 @@ class MultiplicativeNoise:
     mean: float
     std: float
 
-    def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns ``h x`` with a fresh h."""
+    @property
+    def is_noisy(self) -> bool:
+        """Returns that it is."""
+        return True
+
+    def draw_(self, out: Tensor, generator: torch.Generator) -> None:
+        """Draws the curvatures."""
         shape, scale = (self.mean / self.std) ** 2, self.std**2 / self.mean
-        return torch._standard_gamma(torch.full_like(x, shape), generator=generator).mul_(scale).mul_(x)
+        torch.mul(torch._standard_gamma(out.fill_(shape), generator=generator), scale, out=out)
+
+    def slope(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        """Returns ``h x``."""
+        assert drawn is not None
+        return drawn * x
+
+    def height(self, x: Tensor, drawn: Tensor | None) -> Tensor:
+        """Returns ``h x^2 / 2``."""
+        assert drawn is not None
+        return drawn * x * x / 2
 
 
 @dataclass(frozen=True)
@@ -139,12 +237,9 @@ class Loss:
             (gradient,) = torch.autograd.grad(self.function(point, generator).sum(), point)
         return gradient
 
-
-def _subtract_noise(gradient: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    if noise:
-        xi = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
-        gradient.sub_(xi, alpha=noise)
-    return gradient
+    def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns what the function does."""
+        return self.function(x, generator)
 
 
 class Vector:
@@ -167,27 +262,152 @@ class Vector:
 
 
 def _descent(
-    objective: Objective, x: Tensor, lr: float | None, optimizer: OptimizerFactory | None, generator: torch.Generator
+    algorithm: Algorithm,
+    objective: Objective,
+    x: Tensor,
+    lr: float | None,
+    optimizer: OptimizerFactory | None,
+    generator: torch.Generator,
 ) -> Callable[[], None]:
-    """Returns one step on ``objective`` that moves ``x``: plain SGD with rate ``lr``, or the optimizer's."""
-    gradient = objective.gradient
+    """Returns one local update that moves ``x``: plain SGD with rate ``lr``, or the optimizer's.
+
+    The algorithm's proximal term joins the gradient, and the algorithm is bound to the optimizer. Where it needs the
+    loss it hears of that which is differentiated.
+    """
+    proximal_term = algorithm.proximal_term
+    twin = torch.Generator()
+
+    def gradient() -> Tensor:
+        if algorithm.needs_loss:
+            twin.set_state(generator.get_state())  # the gradient is to draw the same
+            algorithm.observe_loss(objective.loss(x, twin))
+        slope, term = objective.gradient(x, generator), proximal_term()
+        return slope if term is None else slope.add(x - term.anchor, alpha=term.stiffness)
+
     if lr is not None and optimizer is None:
         rate = -lr
 
         def descend() -> None:
-            x.add_(gradient(x, generator), alpha=rate)
+            x.add_(gradient(), alpha=rate)
 
         return descend
     if optimizer is not None and lr is None:
         parameter = torch.nn.Parameter(x)  # shares its memory
         stepper = optimizer([parameter])
+        algorithm.bind(stepper, [parameter])
 
         def step() -> None:
-            parameter.grad = gradient(x, generator)
+            parameter.grad = gradient()
             stepper.step()
 
         return step
     raise ValueError(f"lr={lr!r}, optimizer={optimizer!r}: give the one or the other")
+
+
+_ROWS_A_ROUND = 4  # from here on a step of many rows at once costs less than one by one
+_LARGEST_ROW = 256  # in numbers; beyond it is memory and not the number of operations that costs
+
+
+class _Rows:
+    """Replicas as rows of one tensor, whose steps of plain SGD are put off until somebody looks at them.
+
+    Then the steps of all are made together. Nobody can tell: a step reads nothing but its own row and its replica's own
+    generator, and is elementwise.
+
+    Args:
+        algorithms: the replicas', for their proximal terms.
+        objective: what all descend.
+        values: (p, d), moved in place.
+        lr: the rate.
+        generators: one for each replica.
+    """
+
+    def __init__(
+        self,
+        algorithms: Sequence[Algorithm],
+        objective: _Separable,
+        values: Tensor,
+        lr: float,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self._values, self._rows = values, list(values.unbind())
+        self._drawn = torch.empty_like(values) if objective.is_noisy else None
+        self._drawn_rows = [] if self._drawn is None else list(self._drawn.unbind())
+        self._objective, self._rate, self._generators = objective, -lr, generators
+        self._proximal_terms = [algorithm.proximal_term for algorithm in algorithms]
+        self._owed: dict[int, int] = {}  # steps that were put off, by replica
+        self._total = 0
+        self._most = 0  # at least as many as any replica's
+
+    def step(self, i: int) -> None:
+        """Makes a step, or puts it off."""
+        term = self._proximal_terms[i]()
+        if term is not None:
+            x = self.settled(i)
+            slope = self._objective.gradient(x, self._generators[i])
+            x.add_(slope.add(x - term.anchor, alpha=term.stiffness), alpha=self._rate)
+            return
+        self._owed[i] = owed = self._owed.get(i, 0) + 1
+        self._total += 1
+        if owed > self._most:
+            self._most = owed
+
+    def settled(self, i: int) -> Tensor:
+        """Returns (d,), the replica's row with all its steps made."""
+        x, owed = self._rows[i], self._owed.get(i, 0)
+        if not owed:
+            return x
+        # All rows cost as many rounds of operations as the most that one owes, this one by itself what it owes.
+        if self._total * owed >= _ROWS_A_ROUND * self._most**2:
+            self._settle_all()
+            return x
+        del self._owed[i]
+        self._total -= owed
+        for _ in range(owed):
+            x.add_(self._objective.gradient(x, self._generators[i]), alpha=self._rate)
+        return x
+
+    def _settle_all(self) -> None:
+        order = sorted(self._owed, key=self._owed.__getitem__, reverse=True)
+        index = torch.tensor(order)
+        x, drawn = self._values[index], None
+        num_rows = len(order)
+        for t in range(self._owed[order[0]]):
+            while self._owed[order[num_rows - 1]] <= t:
+                num_rows -= 1
+            rows = x[:num_rows]
+            if self._drawn is not None:
+                for i, out in zip(order[:num_rows], self._drawn_rows, strict=False):
+                    self._objective.draw_(out, self._generators[i])
+                drawn = self._drawn[:num_rows]
+            rows.add_(self._objective.slope(rows, drawn), alpha=self._rate)
+        self._values[index] = x
+        self._owed.clear()
+        self._total = self._most = 0
+
+
+class _Row:
+    """A replica that is one of ``_Rows``."""
+
+    def __init__(self, rows: _Rows, replica: int) -> None:
+        self._settled = partial(rows.settled, replica)
+
+    @property
+    def value(self) -> Tensor:
+        """(d,) the vector as it is now."""
+        return self._settled()
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """Copies the vector into ``out`` (allocated when None) and returns it."""
+        return self._settled().clone() if out is None else out.copy_(self._settled())
+
+    def add_(self, update: Tensor, *, alpha: float = 1.0) -> None:
+        """Adds ``alpha * update`` in place."""
+        self._settled().add_(update, alpha=alpha)
+
+    def write_(self, value: Tensor) -> None:
+        """Replaces the vector by ``value``."""
+        self._settled().copy_(value)
 
 
 # --- centers ----------------------------------------------------------------------------------------------------------
@@ -208,14 +428,20 @@ class _Handle:
 
     def __init__(self, center: "SynchronousCenter | AsynchronousCenter", replica: int) -> None:
         self.num_replicas = center.num_replicas
+        self.replica = replica
         self._center = center
-        self._replica = replica
+
+    def tell(self, numbers: Sequence[float]) -> None:
+        self._center.tell(self.replica, numbers)
+
+    def told(self) -> Tensor:
+        return self._center.told()
 
     def pull(self) -> Snapshot:
-        return self._center.pull(self._replica)
+        return self._center.pull(self.replica)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
-        self._center.push(self._replica, delta, read_at)
+        self._center.push(self.replica, delta, read_at)
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
@@ -234,6 +460,7 @@ class SynchronousCenter:
         initial: (d,), copied.
         num_replicas: p.
         rule: what it does with a round's sum. Default: ``Addition``.
+        num_told: how many numbers each replica tells the others with a push.
 
     Attributes:
         num_replicas: p.
@@ -244,7 +471,7 @@ class SynchronousCenter:
         pushed: the deltas of the last complete round, in the order of the replicas.
     """
 
-    def __init__(self, initial: Tensor, num_replicas: int, rule: CenterRule | None = None) -> None:
+    def __init__(self, initial: Tensor, num_replicas: int, rule: CenterRule | None = None, num_told: int = 0) -> None:
         self.num_replicas = num_replicas
         self.clock = 0
         self.rule = Addition() if rule is None else rule
@@ -255,6 +482,7 @@ class SynchronousCenter:
         self._version = self._value._version
         self._memory = [torch.zeros_like(initial) for _ in range(self.rule.num_vectors)]
         self._round: dict[int, Tensor] = {}
+        self._next_rows, self._sent, self._told = ([(0.0,) * num_told] * num_replicas for _ in range(3))
 
     @property
     def value(self) -> Tensor:
@@ -265,6 +493,14 @@ class SynchronousCenter:
     def is_outstanding(self, replica: int) -> bool:
         """Returns whether the replica has pushed to a round that is not complete: a pull would wait for the others."""
         return replica in self._round
+
+    def tell(self, replica: int, numbers: Sequence[float]) -> None:
+        """Sets what the replica tells the others with its next push, and from then on."""
+        self._next_rows[replica] = tuple(numbers)
+
+    def told(self) -> Tensor:
+        """Returns (num_replicas, num_told), what was told in the last complete round."""
+        return torch.tensor(self._told, dtype=self._value.dtype)
 
     def pull(self, replica: int) -> Snapshot:
         """Returns the center; refuses a replica whose push is outstanding."""
@@ -283,11 +519,13 @@ class SynchronousCenter:
         value = self.value
         _require_like(delta, value)
         self._round[replica] = delta * self.rule.weight(self.clock - read_at)
+        self._sent[replica] = self._next_rows[replica]
         if len(self._round) == self.num_replicas:
             # Whoever pushed first, the sum is taken in the order of the replicas.
             self.pushed = [self._round[i] for i in range(self.num_replicas)]
             self.rule.apply_(value, torch.stack(self.pushed).sum(0), *self._memory)
             self._version = value._version
+            self._told = list(self._sent)
             self.clock += self.num_replicas
             self._round.clear()
 
@@ -299,6 +537,7 @@ class AsynchronousCenter:
         initial: (d,), copied.
         num_replicas: p.
         rule: what it does with a delta. Default: ``Addition``.
+        num_told: how many numbers each replica tells the others with a push.
 
     Attributes:
         num_replicas: p.
@@ -308,7 +547,7 @@ class AsynchronousCenter:
         staleness: of the last addition, in additions.
     """
 
-    def __init__(self, initial: Tensor, num_replicas: int, rule: CenterRule | None = None) -> None:
+    def __init__(self, initial: Tensor, num_replicas: int, rule: CenterRule | None = None, num_told: int = 0) -> None:
         self.num_replicas = num_replicas
         self.clock = 0
         self.rule = Addition() if rule is None else rule
@@ -317,12 +556,21 @@ class AsynchronousCenter:
         self._value = initial.clone()
         self._version = self._value._version
         self._memory = [torch.zeros_like(initial) for _ in range(self.rule.num_vectors)]
+        self._next_rows, self._told = ([(0.0,) * num_told] * num_replicas for _ in range(2))
 
     @property
     def value(self) -> Tensor:
         """(d,) the center. Not a copy: it moves with the next addition."""
         _require_unwritten(self._value, self._version)
         return self._value
+
+    def tell(self, replica: int, numbers: Sequence[float]) -> None:
+        """Sets what the replica tells the others with its next push, and from then on."""
+        self._next_rows[replica] = tuple(numbers)
+
+    def told(self) -> Tensor:
+        """Returns (num_replicas, num_told), what each has told with its last push."""
+        return torch.tensor(self._told, dtype=self._value.dtype)
 
     def pull(self, replica: int) -> Snapshot:
         """Returns the center."""
@@ -331,13 +579,13 @@ class AsynchronousCenter:
 
     def push(self, replica: int, delta: Tensor, read_at: int) -> None:
         """Adds ``delta`` to the center, with the weight that its staleness gets."""
-        del replica
         value = self.value
         _require_like(delta, value)
         self.staleness = self.clock - read_at
         weight = self.rule.weight(self.staleness)
         self.rule.apply_(value, delta if weight == 1 else delta * weight, *self._memory)
         self._version = value._version
+        self._told[replica] = self._next_rows[replica]
         self.clock += 1
 
 
@@ -387,27 +635,45 @@ class _Link:
     so that nobody can tell when that was computed; but what it pushes after its local update must be added later.
     """
 
-    def __init__(self, simulation: "Simulation", replica: int) -> None:
+    def __init__(self, simulation: "Simulation", replica: int, local_update: Callable[[], None]) -> None:
         self.num_replicas = len(simulation.replicas)
-        self.deliveries: list[tuple[Tensor, int]] = []  # pushed after the local update of this step
+        self.replica = replica
+        self.deliveries: list[tuple[Tensor, int, Sequence[float]]] = []  # pushed after the local update of this step
+        self.is_ahead = False
         self.is_updated = False
         self.reads_late = False
-        self._simulation, self._replica = simulation, replica
-        self._handle = simulation.center.handles[replica]
+        self._simulation = simulation
+        self._numbers: Sequence[float] = ()  # told with each push
+        self._center = simulation.center
+        self._local_update = local_update
+
+    def local_update(self) -> None:
+        self.is_updated = True
+        self._local_update()
+
+    def tell(self, numbers: Sequence[float]) -> None:
+        self._numbers = numbers
+
+    def told(self) -> Tensor:
+        return self._center.told()
 
     def pull(self) -> Snapshot:
+        if self.is_ahead:
+            self._refuse("reads the center in a step that is neither due nor ending", "is_due")
         if self.is_updated and not self.reads_late:
-            raise RuntimeError(
-                f"replica {self._replica} reads the center after its local update; its algorithm must say so: "
-                "reads_late"
-            )
-        return self._handle.pull()
+            self._refuse("reads the center after its local update", "reads_late")
+        return self._center.pull(self.replica)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
+        if self.is_ahead:
+            self._refuse("adds to the center in a step that is neither due nor ending", "is_ending")
         if self.is_updated and not self.reads_late:
-            self.deliveries.append((delta.clone(), read_at))
+            self.deliveries.append((delta.clone(), read_at, self._numbers))
         else:
-            self._simulation._add(self._replica, delta, read_at)
+            self._simulation._add(self.replica, delta, read_at, self._numbers)
+
+    def _refuse(self, what: str, attribute: str) -> NoReturn:
+        raise RuntimeError(f"replica {self.replica} {what}; its algorithm must say so: {attribute}")
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
@@ -485,7 +751,9 @@ class Simulation:
         self.algorithms, self.replicas = list(algorithms), list(replicas)
         initial = replicas[0].read() if center is None else center
         self.center: SynchronousCenter | AsynchronousCenter = (
-            SynchronousCenter(initial, p, rule) if synchronous else AsynchronousCenter(initial, p, rule)
+            SynchronousCenter(initial, p, rule, algorithms[0].num_told)
+            if synchronous
+            else AsynchronousCenter(initial, p, rule, algorithms[0].num_told)
         )
         self.gate = None if synchronous else algorithms[0].gate(p) if gate is None else gate
         self.time = 0.0
@@ -494,13 +762,11 @@ class Simulation:
         self._compute_time = _durations(compute_time, p, f"{seed}/compute")
         self._latency = _durations(latency, p, f"{seed}/latency")
         self._observe = observe
-        self._links = [_Link(self, i) for i in range(p)]
-        self._updates = [
-            partial(_update, link, update) for link, update in zip(self._links, local_updates, strict=True)
-        ]
+        self._local_updates = list(local_updates)
+        self._links = [_Link(self, i, update) for i, update in enumerate(local_updates)]
         self._heap: list[tuple[float, int, int, int]] = []  # time, kind, replica, number of the entry
         self._entries = 0
-        self._in_flight: dict[int, tuple[int, Tensor, int]] = {}  # by the number of the entry
+        self._in_flight: dict[int, tuple[int, Tensor, int, Sequence[float]]] = {}  # by the number of the entry
         self._arrival = [0.0] * p  # of each replica's last message
         self._duration = [0.0] * p  # compute time of the step that is scheduled
         self._free_at = [0.0] * p
@@ -508,6 +774,8 @@ class Simulation:
         self._idle = set(range(p))
         self._waiting: set[int] = set()  # at the gate, or for a round
         self._round_at = 0.0  # when the last round is complete for its replicas
+        self._until = math.inf
+        self._ahead = 0.0  # when the last step was begun that had no event
         if start:
             for algorithm, replica, handle in zip(algorithms, replicas, self.center.handles, strict=True):
                 algorithm.start(replica, handle)
@@ -541,7 +809,7 @@ class Simulation:
             num_replicas: p.
             synchronous: which center.
             lr: the rate of plain SGD; or
-            optimizer: called with the list of a replica's one parameter.
+            optimizer: called with the list of a replica's one parameter; the algorithm is bound to what it returns.
             center: (d,) the center's value. Default: replica 0's.
             rule: see the constructor, as for all that follow.
             gate: see there.
@@ -551,13 +819,29 @@ class Simulation:
             start: see there.
             observe: see there.
         """
-        replicas = [Vector(row.clone()) for row in begin.expand(num_replicas, begin.shape[-1])]
-        steps = [
-            _descent(objective, r.value, lr, optimizer, torch.Generator().manual_seed(seed * num_replicas + i))
-            for i, r in enumerate(replicas)
-        ]
+        values = begin.expand(num_replicas, begin.shape[-1]).clone(memory_format=torch.contiguous_format)
+        algorithms = [copy.deepcopy(algorithm) for _ in range(num_replicas)]
+        generators = [torch.Generator().manual_seed(seed * num_replicas + i) for i in range(num_replicas)]
+        replicas: list[Replica]
+        steps: list[Callable[[], None]]
+        if (
+            lr is not None
+            and optimizer is None
+            and isinstance(objective, _Separable)
+            and not algorithm.needs_loss  # of each step, when it is made
+            and len(values[0]) <= _LARGEST_ROW
+        ):
+            rows = _Rows(algorithms, objective, values, lr, generators)
+            replicas = [_Row(rows, i) for i in range(num_replicas)]
+            steps = [partial(rows.step, i) for i in range(num_replicas)]
+        else:
+            replicas = [Vector(row) for row in values]
+            steps = [
+                _descent(a, objective, row, lr, optimizer, generator)
+                for a, row, generator in zip(algorithms, values, generators, strict=True)
+            ]
         return cls(
-            [copy.deepcopy(algorithm) for _ in replicas],
+            algorithms,
             replicas,
             steps,
             synchronous=synchronous,
@@ -585,20 +869,22 @@ class Simulation:
         """
         if num_steps is None and until == math.inf:
             raise ValueError("Simulation.run(num_steps=None, until=inf): give at least one")
-        for i in range(len(self.replicas)):
-            self._left[i] = math.inf if num_steps is None else self._left[i] + num_steps
+        for i, left in enumerate(self._left):
+            if num_steps is None:
+                self._left[i] = math.inf
+            else:  # of those without a limit one step more is scheduled already
+                self._left[i] = num_steps - 1 if math.isinf(left) else left + num_steps
         for i in sorted(self._idle):
             self._schedule(i)
-        heap = self._heap
+        heap, self._until = self._heap, until
         while heap and heap[0][0] <= until:
             self.time, kind, replica, number = heapq.heappop(heap)
             if kind == _ADD:
                 self._add(*self._in_flight.pop(number))
             else:
                 self._step(replica)
-        if until < math.inf:
-            self.time = until
-        elif self._waiting:
+        self.time = until if until < math.inf else max(self.time, self._ahead)
+        if until == math.inf and self._waiting:
             raise RuntimeError(f"replicas {sorted(self._waiting)} wait for ever for others that have made their steps")
 
     def _put(self, time: float, kind: int, replica: int) -> int:
@@ -633,7 +919,7 @@ class Simulation:
             return self.center.is_outstanding(i)
         if self.gate is None:
             return False
-        away = self._idle - {replica for replica, _, _ in self._in_flight.values()}  # and all it has sent has come
+        away = self._idle - {replica for replica, *_ in self._in_flight.values()}  # and all it has sent has come
         return not self.gate.admits(i, [math.inf if j in away else c for j, c in enumerate(self.clocks)])
 
     def _step(self, i: int) -> None:
@@ -647,7 +933,7 @@ class Simulation:
                 self._put(self._round_at, _STEP, i)
                 return
         link.is_updated, link.reads_late = False, algorithm.reads_late
-        algorithm.step(self.replicas[i], link, self._updates[i])
+        algorithm.step(self.replicas[i], link, link.local_update)
         self.steps[i] += 1
         if is_due and isinstance(self.center, AsynchronousCenter):
             time += self._latency[i]()  # the answer
@@ -659,10 +945,32 @@ class Simulation:
         link.deliveries.clear()
         if self._observe is not None:
             self._observe(Event(self.time, "step", i, self.center.clock, 0))
+        else:
+            self._go_ahead(i)
         self._schedule(i)
 
-    def _add(self, i: int, delta: Tensor, read_at: int) -> None:
+    def _go_ahead(self, i: int) -> None:
+        """Makes the replica's next steps that neither read the center nor add to it: nobody sees when they are made.
+
+        Not the last that it may make: with that it goes idle, which others wait for.
+        """
+        algorithm, replica, link = self.algorithms[i], self.replicas[i], self._links[i]
+        step, local_update, compute_time = algorithm.step, self._local_updates[i], self._compute_time[i]
+        time, left = self._free_at[i], self._left[i]
+        link.is_ahead = True
+        while left > 1 and time <= self._until and not (algorithm.is_due or algorithm.is_ending):
+            step(replica, link, local_update)
+            self.steps[i] += 1
+            left -= 1
+            self._ahead = max(self._ahead, time)
+            time += compute_time()
+        link.is_ahead = False
+        self._free_at[i], self._left[i] = time, left
+
+    def _add(self, i: int, delta: Tensor, read_at: int, numbers: Sequence[float]) -> None:
         center, before = self.center, self.center.clock
+        if numbers:
+            center.tell(i, numbers)
         center.push(i, delta, read_at)
         self.clocks[i] += 1
         if self._observe is not None:
@@ -680,11 +988,6 @@ class Simulation:
             if not self._must_wait(i):
                 self._waiting.discard(i)
                 self._put(max(self.time, self._round_at), _STEP, i)
-
-
-def _update(link: _Link, local_update: Callable[[], None]) -> None:
-    link.is_updated = True
-    local_update()
 
 
 def _durations(duration: Duration, num_replicas: int, seed: str) -> list[Callable[[], float]]:
@@ -724,18 +1027,21 @@ class LockStep:
         begin: (d,) where all begin, or (p, d), where each does. Copied.
         num_replicas: p.
         lr: the rate of plain SGD; or
-        optimizer: called with the list of one parameter, (p, d): an optimizer that treats every number alike.
+        optimizer: called with the list of one parameter, (p, d): an optimizer that treats every number alike. The
+            algorithm is bound to it.
         center: (d,) its value. Default: replica 0's.
         rule: what it does with a round's sum. Default: the algorithm's.
         seed: of the noise.
         start: whether to call the algorithm's ``start``, which refuses hyper-parameters that cannot work.
 
     Raises:
-        ValueError: the algorithm needs an asynchronous center, or ``lr`` and ``optimizer`` are not one of the two.
+        ValueError: the algorithm needs an asynchronous center, or tells replicas apart; or ``lr`` and ``optimizer`` are
+            not one of the two.
 
     Attributes:
         algorithm: the algorithm.
         num_replicas: p.
+        replica: 0; to the algorithm all replicas are one.
         replicas: (p, d), moved in place.
         center: (d,), moved in place.
         clock: additions so far; p a round.
@@ -757,14 +1063,17 @@ class LockStep:
     ) -> None:
         if algorithm.asynchronous_only:
             raise ValueError(f"LockStep(algorithm={algorithm!r}): must be one for a synchronous center")
-        self.algorithm, self.num_replicas = algorithm, num_replicas
+        if algorithm.num_told or algorithm.needs_loss:
+            raise ValueError(f"LockStep(algorithm={algorithm!r}): it tells replicas apart; take Simulation")
+        self.algorithm, self.num_replicas, self.replica = algorithm, num_replicas, 0
         self.replicas = begin.expand(num_replicas, begin.shape[-1]).clone()
         self.center = self.replicas[0].clone() if center is None else center.clone()
         self.clock = 0
         self.rule = algorithm.rule(num_replicas) if rule is None else rule
         self._memory = [torch.zeros_like(self.center) for _ in range(self.rule.num_vectors)]
         self._vector = Vector(self.replicas)
-        self._update = _descent(objective, self.replicas, lr, optimizer, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self._update = _descent(algorithm, objective, self.replicas, lr, optimizer, generator)
         if start:
             algorithm.start(self._vector, self)
 
@@ -780,6 +1089,14 @@ class LockStep:
             self.algorithm.step(self._vector, self, self._update)
             if observe is not None:
                 observe(t + 1)
+
+    def tell(self, numbers: Sequence[float]) -> None:
+        """Takes the no numbers of an algorithm that tells nothing."""
+        del numbers
+
+    def told(self) -> Tensor:
+        """Returns (num_replicas, 0)."""
+        return self.center.new_zeros(self.num_replicas, 0)
 
     def pull(self) -> Snapshot:
         """Returns the center, for the algorithm."""

@@ -2,12 +2,27 @@
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms import ADAG, ADMM, AGN, EASGD, Algorithm, Downpour, DynSGD, LocalSGD, MDownpour
+from lightning_easgd.algorithms import (
+    ADAG,
+    ADMM,
+    AGN,
+    EASGD,
+    Algorithm,
+    Center,
+    Downpour,
+    DynSGD,
+    ElasticSGD,
+    LocalSGD,
+    MDownpour,
+    Parle,
+)
 from lightning_easgd.gates import StaleSynchronous
 from lightning_easgd.simulation import (
     DoubleWell,
@@ -15,6 +30,7 @@ from lightning_easgd.simulation import (
     LockStep,
     Loss,
     MultiplicativeNoise,
+    Objective,
     Quadratic,
     Simulation,
     SynchronousCenter,
@@ -128,6 +144,30 @@ def test_running_on_is_running_at_once():
     assert torch.equal(until.center.value, once.center.value)
 
 
+def test_after_a_run_without_a_number_of_steps_their_number_counts_again():
+    simulation, _ = simulate(EASGD(2), 3, 4, compute_time=exponential)
+    simulation.run(until=20.0)
+    steps = simulation.steps[:]
+    assert min(steps) > 4
+    simulation.run(5)
+    assert simulation.steps == [n + 5 for n in steps]
+
+
+def test_who_waits_goes_on_when_the_last_step_of_the_other_begins_and_not_when_it_is_computed():
+    simulation = Simulation.of(
+        Downpour(3), Quadratic(), torch.ones(1), num_replicas=2, lr=0.1, synchronous=False, gate=StaleSynchronous(1),
+        compute_time=[[1.0] * 99, [0.125] * 99],
+    )  # fmt: skip
+    simulation.run(until=12.5)
+    simulation.run(4)  # replica 0 at 13, 14, 15 and 16; 1 thrice from 15 on, and then it waits for 0 to have no more
+    assert simulation.time == 16
+    steps = simulation.steps[:]
+    simulation.run(1, until=16.0)
+    assert simulation.steps == steps
+    simulation.run(0, until=16.125)
+    assert simulation.steps == [steps[0], steps[1] + 1]
+
+
 STACKABLE = [
     EASGD(1), EASGD(3), EASGD(2, order="gauss_seidel"), Downpour(), Downpour(3), AGN(4), DynSGD(2), ADAG(3),
     MDownpour(0.5), LocalSGD(3), LocalSGD.diloco(4), LocalSGD.bmuf(2), LocalSGD.slowmo(2), ADMM(1), ADMM(3, 0.5),
@@ -148,6 +188,75 @@ def test_all_at_once_is_one_after_the_other_to_the_last_bit(algorithm):
     assert torch.equal(simulation.center.value, at_once.center)
     assert simulation.center.clock == at_once.clock > 0
     assert not torch.equal(at_once.center, kwargs["center"])
+
+
+@dataclass
+class OneByOne:
+    """Hides from the simulation that an objective could give many replicas' gradients at once."""
+
+    objective: Objective
+
+    def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return self.objective.gradient(x, generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "objective",
+    [Quadratic(0.7), Quadratic(torch.linspace(0.1, 1, 7), 0.5), DoubleWell(0.3), MultiplicativeNoise(1.0, 2.0)],
+    ids=lambda objective: type(objective).__name__,
+)
+@pytest.mark.parametrize(
+    ("algorithm", "synchronous", "gate"),
+    [
+        (EASGD(1), False, None),
+        (EASGD(5), False, None),
+        (EASGD(4, order="gauss_seidel"), False, None),
+        (Downpour(3), False, StaleSynchronous(1)),
+        (ADAG(3), False, None),
+        (ADMM(2), False, None),
+        (LocalSGD.diloco(4), True, None),
+        (ElasticSGD(scoping=1.0), True, None),
+        (Parle(4, scoping=1.0), True, None),
+    ],
+    ids=repr,
+)
+def test_steps_that_nobody_sees_may_be_made_at_any_time(algorithm, synchronous, gate, objective, dtype):
+    """With an observer each step is an event, and without ``OneByOne`` steps of many replicas are made at once."""
+
+    def outcomes(objective: Objective, observe: Callable[[Event], None] | None) -> list[Tensor | tuple]:
+        simulation = Simulation.of(
+            algorithm, objective, torch.linspace(-1, 1, 7, dtype=dtype), num_replicas=11, lr=0.05,
+            synchronous=synchronous, gate=gate, compute_time=exponential, latency=exponential, observe=observe,
+        )  # fmt: skip
+        found: list[Tensor | tuple] = []
+        for num_steps, until in ((20, 6.0), (None, 9.0), (3, math.inf)):
+            simulation.run(num_steps, until=until)
+            found += [simulation.center.value.clone(), *(r.read() for r in simulation.replicas)]
+            found.append((simulation.time, simulation.clocks[:], simulation.steps[:], simulation.center.clock))
+        return found
+
+    expected = outcomes(OneByOne(objective), lambda event: None)
+    assert min(expected[-1][2]) > 0
+    for found in (outcomes(objective, None), outcomes(objective, lambda event: None)):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_an_observer_sees_each_step_when_it_is_made():
+    """Replica 0 of a noiseless quadratic, looked at after each event while 39 others put their steps off."""
+    seen: list[float] = []
+
+    def observe(event: Event) -> None:
+        if event.kind == "step" and event.replica == 0:
+            seen.append(float(simulation.replicas[0].value))
+
+    simulation = Simulation.of(
+        EASGD(10, 0.0, 0.9), Quadratic(), torch.ones(1, dtype=F64), num_replicas=40, lr=0.1, synchronous=False,
+        compute_time=exponential, observe=observe,
+    )  # fmt: skip
+    simulation.run(30)
+    assert seen == pytest.approx([0.9**t for t in range(1, 31)], rel=1e-13)
 
 
 def test_equal_speeds_and_no_latency_are_a_synchronous_center():
@@ -260,6 +369,42 @@ class _Greedy(Algorithm):
 def test_a_late_reading_must_be_declared():
     with pytest.raises(RuntimeError, match="replica 0 reads the center after its local update"):
         simulate(_Greedy(), 2, 1)
+
+
+class _Sly(Algorithm):
+    """Touches the center in steps in which it says that it does not."""
+
+    period = 2
+
+    def __init__(self, touch: Callable[[Center], None]) -> None:
+        self.touch = touch
+
+    def check(self, num_replicas: int) -> None:
+        pass
+
+    def step(self, replica, center, local_update) -> None:
+        local_update()
+        if not self.is_due:
+            self.touch(center)
+        self.clock += 1
+
+
+@pytest.mark.parametrize(
+    ("touch", "message"),
+    [
+        (lambda center: center.pull(), "reads the center in a step that is neither due nor ending.*is_due"),
+        (
+            lambda center: center.push(torch.zeros(5, dtype=F64), read_at=0),
+            "adds to the center in a step that is neither due nor ending.*is_ending",
+        ),
+    ],
+)
+def test_a_step_that_touches_the_center_must_be_declared(touch, message):
+    simulation = Simulation.of(
+        _Sly(touch), Quadratic(), torch.zeros(5, dtype=F64), num_replicas=2, lr=0.1, synchronous=False
+    )
+    with pytest.raises(RuntimeError, match=f"replica 0 {message}"):
+        simulation.run(4)
 
 
 def test_errors():
