@@ -1,15 +1,22 @@
 """Algorithms: the loop of one replica, one file a method. They know the center, not where it lives."""
 
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Exchange, Replica, Snapshot
+from lightning_easgd.algorithms._interfaces import Algorithm, Center, Exchange, ProximalTerm, Replica, Snapshot
+from lightning_easgd.algorithms._local_entropy import annealed, nesterov_bound, outer_step_
+from lightning_easgd.algorithms._stability import stable_step_sizes
 from lightning_easgd.algorithms.adag import ADAG, damping
 from lightning_easgd.algorithms.admm import ADMM
 from lightning_easgd.algorithms.agn import AGN
 from lightning_easgd.algorithms.downpour import Downpour
 from lightning_easgd.algorithms.dynsgd import DynSGD
 from lightning_easgd.algorithms.eamsgd import EAMSGD
-from lightning_easgd.algorithms.easgd import EASGD, displacement_, stable_step_sizes
+from lightning_easgd.algorithms.easgd import EASGD, displacement_
+from lightning_easgd.algorithms.elastic_sgd import ElasticSGD
+from lightning_easgd.algorithms.entropy_sgd import EntropySGD
+from lightning_easgd.algorithms.equilibrium import Equilibrium
 from lightning_easgd.algorithms.local_sgd import LocalSGD
+from lightning_easgd.algorithms.lsgd import LSGD, elected
 from lightning_easgd.algorithms.mdownpour import MDownpour
+from lightning_easgd.algorithms.parle import Parle
 
 __all__ = [
     "ADAG",
@@ -17,16 +24,26 @@ __all__ = [
     "AGN",
     "EAMSGD",
     "EASGD",
+    "LSGD",
     "Algorithm",
     "Center",
     "Downpour",
     "DynSGD",
+    "ElasticSGD",
+    "EntropySGD",
+    "Equilibrium",
     "Exchange",
     "LocalSGD",
     "MDownpour",
+    "Parle",
+    "ProximalTerm",
     "Replica",
     "Snapshot",
+    "annealed",
     "damping",
     "displacement_",
+    "elected",
+    "nesterov_bound",
+    "outer_step_",
     "stable_step_sizes",
 ]

@@ -40,6 +40,7 @@ class Accumulation(Algorithm):
         self._anchor: Tensor | None = None
         self._read_at = 0
         self._delta: Tensor | None = None
+        self._has_begun = False
 
     @property
     def is_ending(self) -> bool:
@@ -54,20 +55,32 @@ class Accumulation(Algorithm):
         """Forgets what was accumulated: the next step begins at the center. See ``Algorithm.start``."""
         super().start(replica, center)
         self._anchor = self._delta = None
+        self._has_begun = False
+
+    def begin(self, replica: Replica, center: Center) -> None:
+        """Puts the replica on the center where the next step begins a period. See ``Algorithm.begin``."""
+        self._begin(replica, center)
+
+    def _begin(self, replica: Replica, center: Center) -> Tensor:
+        """Returns the anchor of the period that the next step belongs to."""
+        if self._anchor is None or (self.is_due and not self._has_begun):
+            snapshot = center.pull()
+            self._anchor, self._read_at = snapshot.value.clone(), snapshot.clock
+            replica.write_(self._anchor)  # x <- c
+        self._has_begun = True
+        return self._anchor
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
         """Performs one iteration. Blocks only at the begin of a period, for the center."""
         is_ending = self.is_ending
-        if self.is_due or self._anchor is None:
-            snapshot = center.pull()
-            self._anchor, self._read_at = snapshot.value.clone(), snapshot.clock
-            replica.write_(self._anchor)  # x <- c
+        anchor = self._begin(replica, center)
         local_update()  # x <- x - eta g(x)
         if is_ending:
-            self._delta = replica.read(out=self._delta).sub_(self._anchor)
+            self._delta = replica.read(out=self._delta).sub_(anchor)
             gain = self.gain(center.num_replicas)
             center.push(self._delta if gain == 1 else self._delta.mul_(gain), read_at=self._read_at)
         self.clock += 1
+        self._has_begun = False
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock and anchor."""
@@ -79,6 +92,7 @@ class Accumulation(Algorithm):
         super().load_state_dict(state)
         self._anchor = None if state["anchor"] is None else state["anchor"].clone()
         self._read_at = int(state["read_at"])
+        self._has_begun = False
 
     def __repr__(self) -> str:
         """Returns the constructor call."""

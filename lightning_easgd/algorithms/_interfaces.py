@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_easgd.gates import Gate
 from lightning_easgd.rules import Addition, CenterRule
 
-__all__ = ["Algorithm", "Center", "Exchange", "Replica", "Snapshot"]
+__all__ = ["Algorithm", "Center", "Exchange", "ProximalTerm", "Replica", "Snapshot"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,26 @@ class Exchange(Protocol):
 
 
 class Center(Protocol):
-    """The center variable as one replica reaches it."""
+    """The center variable as one replica reaches it.
+
+    Attributes:
+        num_replicas: how many replicas share it.
+        replica: index of this one.
+    """
 
     num_replicas: int
+    replica: int
+
+    def tell(self, numbers: Sequence[float]) -> None:
+        """Sets what this replica tells all others with each exchange from the next one on: ``num_told`` numbers."""
+        ...
+
+    def told(self) -> Tensor:
+        """Returns (num_replicas, num_told), on the CPU: what each replica told with its last completed exchange.
+
+        The same on all replicas of a synchronous center; zeros before the first exchange.
+        """
+        ...
 
     def pull(self) -> Snapshot:
         """Returns the center. May block: completes whatever this replica's last ``push`` left outstanding."""
@@ -95,6 +112,19 @@ class Replica(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ProximalTerm:
+    """``stiffness / 2 ||x - anchor||^2``, added to the loss that a local update descends.
+
+    Attributes:
+        stiffness: >= 0, in the loss's units over those of a parameter squared.
+        anchor: (d,) the center's dtype. Borrowed: it stands until the local update has ended.
+    """
+
+    stiffness: float
+    anchor: Tensor
+
+
 class Algorithm(ABC):
     """The loop of one replica. Abstract or final: a concrete algorithm is never subclassed.
 
@@ -103,16 +133,27 @@ class Algorithm(ABC):
     Attributes:
         period: communication period tau, in optimizer steps, >= 1.
         clock: optimizer steps that this replica has begun with this coupling.
+        batches_per_epoch: mini-batches in an epoch of one replica, the same number on all; set before the first step
+            where ``needs_batches_per_epoch``, and None where the training data have no length.
+        needs_batches_per_epoch: whether some hyper-parameter follows it.
         synchronous_only: whether it has a meaning only where all replicas' n-th exchanges are one operation.
         asynchronous_only: whether it has a meaning only where each replica's exchange is an operation of its own.
+        num_told: how many numbers each replica tells all others with an exchange; see ``Center.tell``.
+        needs_loss: whether ``observe_loss`` wants to be called.
+        single_replica: whether it is a method of one replica, which then is all ranks together.
         reads_late: whether a step that is due reads the center after its local update, not before.
     """
 
     period: int
     clock: int = 0
+    batches_per_epoch: int | None = None
+    needs_batches_per_epoch: bool = False
     synchronous_only: ClassVar[bool] = False
-    asynchronous_only: ClassVar[bool] = False
-    reads_late: ClassVar[bool] = False
+    asynchronous_only: bool = False
+    num_told: ClassVar[int] = 0
+    needs_loss: ClassVar[bool] = False
+    single_replica: ClassVar[bool] = False
+    reads_late: bool = False
 
     @property
     def is_due(self) -> bool:
@@ -146,6 +187,18 @@ class Algorithm(ABC):
         """
         del optimizer, parameters
 
+    def proximal_term(self) -> ProximalTerm | None:
+        """Returns what is added to the loss of the local update that is going on; None for most.
+
+        Its force ``stiffness (x - anchor)`` joins the gradient after the backward pass, and after a GradScaler's
+        unscaling, but before clipping and before the optimizer, which decays weights by itself.
+        """
+        return None
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Hears of a mini-batch's training loss, a number, within the local update; only where ``needs_loss``."""
+        del loss
+
     @abstractmethod
     def check(self, num_replicas: int) -> None:
         """Raises ``ValueError`` if the hyper-parameters cannot work with so many replicas; warns where they may not.
@@ -157,6 +210,16 @@ class Algorithm(ABC):
         """Prepares for the first step. The replica holds the center's value; all replicas call it."""
         self.check(center.num_replicas)
         del replica
+
+    def begin(self, replica: Replica, center: Center) -> None:  # noqa: B027  (most have nothing to do here)
+        """Does what the next step begins with, before its forward pass; by default nothing.
+
+        Nobody has to call it, since ``step`` does what was not done. Once called it has no effect until that step.
+
+        Args:
+            replica: the parameters, modified in place.
+            center: the center; touched only where the step is due. Blocks for it, not for other replicas.
+        """
 
     @abstractmethod
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:

@@ -114,7 +114,7 @@ class EAMSGD(Algorithm):
     def _add_behind(self, y: Tensor) -> None:
         """Adds ``delta lr buf`` to ``y`` (d,), which makes it x; nothing before the first step."""
         assert self._optimizer is not None
-        views = y.split_with_sizes([p.numel() for p, _ in self._parameters])
+        views = y.view(-1).split_with_sizes([p.numel() for p, _ in self._parameters])
         for view, (parameter, group) in zip(views, self._parameters, strict=True):
             buffer = self._optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:

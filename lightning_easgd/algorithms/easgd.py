@@ -31,20 +31,25 @@ and the center sees the replica as it is at the end of the period::
 It joins the family: alpha = 1, beta = p is DOWNPOUR over a synchronous center, alpha = beta = 1 local SGD.
 
 Departures: alpha does not follow the learning rate's schedule (as in the authors' code; the paper's alpha = eta rho
-has a constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.02216, chapter 5).
+has a constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.02216, chapter 5). With
+``early_exchange`` a replica need not wait for its period's end: see ``equilibrium``.
 """
 
+import math
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+from lightning_easgd.algorithms._stability import Order, stable_step_sizes
+from lightning_easgd.algorithms.equilibrium import Equilibrium
 
-__all__ = ["EASGD", "displacement_", "stable_step_sizes"]
+__all__ = ["EASGD", "displacement_"]
 
-Order = Literal["jacobi", "gauss_seidel"]
 CENTER_RATE = 0.9  # beta; section 5 of arXiv:1412.6651
 
 
@@ -53,61 +58,13 @@ def displacement_(x: Tensor, center: Tensor) -> None:
     x.sub_(center)
 
 
-def stable_step_sizes(
-    num_replicas: int, moving_rate: float, center_rate: float, order: Order = "jacobi"
-) -> tuple[float, float] | None:
-    """Returns the open interval of e = eta h in which synchronous EASGD with period 1 is stable on a quadratic.
-
-    h is a curvature. In Jacobi order the mean replica and the center move by ``[[1-e-alpha, alpha], [beta, 1-beta]]``,
-    the replicas' differences by ``1 - e - alpha``; in Gauss-Seidel order by ``[[q, a], [beta q, 1-beta+beta a]]`` with
-    ``q = (1-e)(1-alpha)``, ``a = (1-e) alpha``, the differences by q. The Jury conditions on the first and ``|.| < 1``
-    on the second are linear in e. With ``beta = p alpha`` the upper end in Jacobi order solves
-    ``alpha = 2 (2 - e) / (2 + p (2 - e))``.
-
-    Args:
-        num_replicas: p, >= 1.
-        moving_rate: alpha, any sign.
-        center_rate: beta.
-        order: of the moves.
-
-    Returns:
-        ``(low, high)``, or None where no step size is stable.
-    """
-    a, b = moving_rate, center_rate
-    if b < 0:
-        return None  # an eigenvalue stays beyond 1
-    # Each condition reads: slope * e < bound.
-    if order == "jacobi":
-        differences = [(1.0, 2 - a), (-1.0, a)]
-        pair = [
-            (2 - b, 4 - 2 * a - 2 * b),  # 1 + trace + det > 0
-            (b - 1, a + b),  # det < 1
-            (1 - b, 2 - a - b),  # det > -1
-        ]
-    else:
-        differences = [(1 - a, 2 - a), (a - 1, a)]
-        det, both = (1 - a) * (1 - b), 2 - 2 * a - b + 2 * a * b  # at e = 0: det, and trace + det - (1 - b)
-        pair = [(both, both + 2 - b), (-det, 1 - det), (det, 1 + det)]
-    # Where b is 0 the center stays where it is, and the mean moves like the differences.
-    conditions = [(-1.0, 0.0), *(pair if b else []), *(differences if num_replicas > 1 or not b else [])]
-    low, high = 0.0, float("inf")
-    for slope, bound in conditions:
-        if slope > 0:
-            high = min(high, bound / slope)
-        elif slope < 0:
-            low = max(low, bound / slope)
-        elif bound <= 0:
-            return None
-    return (low, high) if low < high - 1e-9 else None  # rounding leaves a sliver where there is nothing
-
-
 class EASGD(Algorithm):
     """Elastic averaging SGD with any optimizer inside (arXiv:1412.6651, eqs. 5 and 6).
 
     Reductions: ``moving_rate=0`` is ``num_replicas`` independent runs; one replica with ``period=1, center_rate=1,
     moving_rate=-m`` is heavy-ball momentum m. Its effective step size is set by the center rate and does not grow with
     the number of replicas. Extra memory: the force, one vector of the parameters' size; in Gauss-Seidel order a second,
-    the center that was pulled.
+    the center that was pulled; with early exchange two more, and two passes and two norms more in every step.
     """
 
     def __init__(
@@ -116,6 +73,8 @@ class EASGD(Algorithm):
         moving_rate: float | None = None,
         center_rate: float | None = None,
         order: Order = "jacobi",
+        early_exchange: bool = False,
+        margin: float | None = None,
     ) -> None:
         """Creates the algorithm; nothing is allocated before the first exchange.
 
@@ -125,9 +84,13 @@ class EASGD(Algorithm):
             moving_rate: alpha. Default ``center_rate / num_replicas``. Independent of the learning rate's schedule.
             center_rate: beta. Default ``num_replicas * moving_rate`` if that is given, else 0.9 (section 5).
             order: "jacobi", the paper's, or "gauss_seidel".
+            early_exchange: whether to exchange as soon as going on alone gains no more than ``margin``, and to count
+                the period from there. Each replica decides by itself: for an asynchronous center and "jacobi".
+            margin: of that; any number. Default: the optimizer's learning rate (Hermans' thesis).
 
         Raises:
-            ValueError: ``period`` is not an integer >= 1, a rate is not finite, or ``order`` is another.
+            ValueError: ``period`` is not an integer >= 1, a rate is not finite, ``order`` is another, or the last two
+                arguments do not fit.
         """
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ValueError(f"EASGD(period={period!r}): period must be an integer >= 1, in optimizer steps")
@@ -137,6 +100,10 @@ class EASGD(Algorithm):
                 raise ValueError(f"EASGD({name}={rate!r}): {name} must be a finite number or None")
         if order not in ("jacobi", "gauss_seidel"):
             raise ValueError(f"EASGD(order={order!r}): order must be 'jacobi' or 'gauss_seidel'")
+        if early_exchange and order != "jacobi":
+            raise ValueError(f"EASGD(early_exchange=True, order={order!r}): order must be 'jacobi'")
+        if margin is not None and (math.isnan(margin) or not early_exchange):
+            raise ValueError(f"EASGD(early_exchange={early_exchange}, margin={margin!r}): must be True and a number")
         self.period = period
         self.moving_rate = moving_rate
         self.center_rate = center_rate
@@ -144,6 +111,14 @@ class EASGD(Algorithm):
         self._buffer: Tensor | None = None
         self._anchor: Tensor | None = None  # in Gauss-Seidel order: the center that was pulled, and its clock
         self._read_at = 0
+        self.asynchronous_only = early_exchange
+        self._equilibrium = Equilibrium(margin) if early_exchange else None
+        self._due_at = 0  # with early exchange: the clock at which the next one is due
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next ``step`` reads the center: one a period, and with early exchange one that is early."""
+        return self.clock % self.period == 0 if self._equilibrium is None else self.clock >= self._due_at
 
     @property
     def is_ending(self) -> bool:
@@ -157,6 +132,12 @@ class EASGD(Algorithm):
             return beta / num_replicas, beta
         beta = num_replicas * self.moving_rate if self.center_rate is None else self.center_rate
         return self.moving_rate, beta
+
+    def bind(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Takes the optimizer whose learning rate may be the margin of an early exchange. See ``Algorithm.bind``."""
+        del parameters
+        if self._equilibrium is not None:
+            self._equilibrium.bind(optimizer)
 
     def check(self, num_replicas: int) -> None:
         """Refuses rates that no step size makes stable, and warns beyond the paper's range.
@@ -190,26 +171,41 @@ class EASGD(Algorithm):
             )
 
     def start(self, replica: Replica, center: Center) -> None:
-        """Forgets the force of other parameters; see ``Algorithm.start``."""
+        """Forgets the force of other parameters; see ``Algorithm.start``.
+
+        Raises:
+            ValueError: the margin of an early exchange is neither given nor bound.
+        """
         super().start(replica, center)
         self._buffer = self._anchor = None
+        if self._equilibrium is not None:
+            self._equilibrium.start()
+            self._due_at = self.clock  # it must read a center before it can do without
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
         """Performs one iteration of Algorithm 1. Blocks only on an exchange, for the center's last additions."""
         if self.order == "gauss_seidel":
             self._step_gauss_seidel(replica, center, local_update)
             return
-        exchange = self.is_due
+        exchange, equilibrium = self.is_due, self._equilibrium
         if exchange:
             alpha, beta = self.rates(center.num_replicas)
+            self._due_at = self.clock + self.period
             # beta = p alpha unless both are given, but p alpha / p is not alpha in floating point.
             apart = self.moving_rate is not None and self.center_rate is not None
             gain = beta / center.num_replicas if apart else alpha
             x = self._buffer = replica.read(out=self._buffer)  # before anything moves
             pending = center.exchange(x, displacement_, scale=gain)  # c <- c + alpha (x - c)
-        local_update()  # x <- x - eta g(x), at the x before the elastic move; the exchange goes on beside it
+        if equilibrium is None:
+            local_update()  # x <- x - eta g(x), at the x before the elastic move; the exchange goes on beside it
+        else:
+            equilibrium.around(replica, local_update, None if exchange else self._buffer)
         if exchange:
             replica.add_(pending.wait(), alpha=-alpha)  # x <- x - alpha (x_t - c_t)
+            if equilibrium is not None:
+                equilibrium.reads(x)
+        if equilibrium is not None and equilibrium.holds(self.rates(center.num_replicas)[0]):
+            self._due_at = self.clock + 1
         self.clock += 1
 
     def _step_gauss_seidel(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
@@ -231,10 +227,13 @@ class EASGD(Algorithm):
         """Returns algorithm, period, both rates in force with so many replicas, and an order other than the paper's."""
         alpha, beta = self.rates(num_replicas)
         order = {} if self.order == "jacobi" else {"order": self.order}
-        return {**super().hyperparameters(num_replicas), "moving_rate": alpha, "center_rate": beta, **order}
+        early = {} if self._equilibrium is None else {"early_exchange": True, "margin": self._equilibrium.margin}
+        return {**super().hyperparameters(num_replicas), "moving_rate": alpha, "center_rate": beta, **order, **early}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the clock; in Gauss-Seidel order the center that was pulled, too."""
+        """Returns the clock; in Gauss-Seidel order or with early exchange the center that was read, too."""
+        if self._equilibrium is not None:
+            return {**super().state_dict(), "due_at": self._due_at, **self._equilibrium.state_dict()}
         if self._anchor is None:
             return super().state_dict()
         return {**super().state_dict(), "anchor": self._anchor.clone(), "read_at": self._read_at}
@@ -242,10 +241,16 @@ class EASGD(Algorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        if "anchor" in state:
+        if self._equilibrium is not None:
+            self._due_at = int(state["due_at"])
+            self._equilibrium.load_state_dict(state)
+            self._buffer = None if state["anchor"] is None else torch.empty_like(state["anchor"])
+        elif "anchor" in state:
             self._anchor, self._read_at = state["anchor"].clone(), int(state["read_at"])
 
     def __repr__(self) -> str:
         """Returns the constructor call."""
         order = "" if self.order == "jacobi" else f", order={self.order!r}"
-        return f"EASGD(period={self.period}, moving_rate={self.moving_rate}, center_rate={self.center_rate}{order})"
+        early = "" if self._equilibrium is None else f", early_exchange=True, margin={self._equilibrium.margin}"
+        rates = f"moving_rate={self.moving_rate}, center_rate={self.center_rate}"
+        return f"EASGD(period={self.period}, {rates}{order}{early})"
