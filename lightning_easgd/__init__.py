@@ -19,8 +19,11 @@ from lightning_easgd.algorithms import (
     Algorithm,
     Downpour,
     DynSGD,
+    ElasticSGD,
+    EntropySGD,
     LocalSGD,
     MDownpour,
+    Parle,
 )
 from lightning_easgd.averages import MovingAverage, PolyakAverage, TailAverage
 from lightning_easgd.communication import (
@@ -56,11 +59,14 @@ __all__ = [
     "DynSGD",
     "EASGDStrategy",
     "ElasticMonitor",
+    "ElasticSGD",
+    "EntropySGD",
     "LocalSGD",
     "MDownpour",
     "MovingAverage",
     "NonFiniteDeltaError",
     "ParameterServer",
+    "Parle",
     "PolyakAverage",
     "SharedMemory",
     "TailAverage",

@@ -21,18 +21,28 @@ class CenterBuffers:
 
     Args:
         module: whose buffers are meant, shared ones once.
-        group: a process group over the replicas; None for one replica.
-        num_replicas: its size.
+        group: a process group over all ranks; None for one.
+        num_ranks: its size.
+        members: one over the ranks of this replica, whose buffers are those of the first; None for one.
     """
 
-    def __init__(self, module: nn.Module, group: Group | None, num_replicas: int) -> None:
-        self._module, self._group, self._num_replicas = module, group, num_replicas
+    def __init__(self, module: nn.Module, group: Group | None, num_ranks: int, members: Group | None = None) -> None:
+        self._module, self._group, self._num_ranks, self._members = module, group, num_ranks, members
         self._own: list[Tensor] | None = None
         self._center: list[Tensor] | None = None
 
     @torch.no_grad()
     def gather(self) -> None:
         """Computes the center's buffers from the replicas'. Collective and blocking, two messages of their size."""
+        buffers = list(self._module.buffers())
+        if self._members is not None and buffers:  # what DDP does at the next forward
+            of_first = [b.detach().clone(memory_format=torch.contiguous_format) for b in buffers]
+            broadcast_bytes(self._members, of_first)
+            for buffer, value in zip(buffers, of_first, strict=True):
+                buffer.copy_(value)
+        self._average()
+
+    def _average(self) -> None:
         buffers = list(self._module.buffers())
         center = [b.detach().clone(memory_format=torch.contiguous_format) for b in buffers]
         if self._group is None or not buffers:
@@ -49,7 +59,7 @@ class CenterBuffers:
             difference = torch.cat(parts)
             self._group.allreduce([difference]).wait()
             for i, part in zip(floating, difference.split_with_sizes([p.numel() for p in parts]), strict=True):
-                moved = center[i].double() + part.view_as(center[i]) / self._num_replicas
+                moved = center[i].double() + part.view_as(center[i]) / self._num_ranks
                 center[i] = torch.where(part.view_as(center[i]) == 0, center[i], moved.to(center[i].dtype))
         self._center = center
 
@@ -75,7 +85,8 @@ class CenterBuffers:
         """
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._module.modules()):
             torch.optim.swa_utils.update_bn(inputs, self._module)
-            self.gather()
+            with torch.no_grad():
+                self._average()
             for buffer, value in zip(self._module.buffers(), self._center or (), strict=False):
                 buffer.copy_(value)
 

@@ -2,20 +2,20 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_easgd.algorithms import Algorithm, Exchange, Snapshot
+from lightning_easgd.averages import CenterAverage
 from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter
-from lightning_easgd.communication._turnstile import Turnstile
 from lightning_easgd.flatten import ParameterVector
 
-__all__ = ["DONE", "END", "STOP", "Coupling", "Report", "num_slots"]
+__all__ = ["DONE", "END", "STOP", "Coupling", "Passage", "Report", "num_slots"]
 
 # The slots of an exchange: three votes, then the figures of each replica's report, in FIGURES' order.
 STOP, DONE, END = 0, 1, 2
@@ -34,9 +34,9 @@ FIGURES = (
 )
 
 
-def num_slots(num_replicas: int) -> int:
-    """Returns how many slots an exchange carries."""
-    return _VOTES + num_replicas * len(FIGURES)
+def num_slots(num_replicas: int, num_told: int = 0) -> int:
+    """Returns how many slots an exchange carries: votes, figures, and what the algorithm tells the other replicas."""
+    return _VOTES + num_replicas * (len(FIGURES) + num_told)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,31 @@ class Report:
     additions_per_s: float
 
 
+class Passage(Protocol):
+    """A replica's way through a gate: one turnstile, or several that stand for one. See ``Turnstile``."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting so far."""
+        ...
+
+    def enter(self) -> None:
+        """Returns when the gate admits this replica's next exchange. Blocks for other replicas."""
+        ...
+
+    def advance(self) -> None:
+        """Says that this replica has completed an exchange. Does not wait."""
+        ...
+
+    def leave(self) -> None:
+        """Says that nobody is to wait for this replica until the next round. Does not wait."""
+        ...
+
+    def begin_round(self, number: int) -> None:
+        """Sets all clocks to zero. Every replica calls it alike; local."""
+        ...
+
+
 class Coupling:
     """A replica's side of one center.
 
@@ -88,6 +113,7 @@ class Coupling:
         vector: the parameters.
         algorithm: this coupling's own copy.
         center: open; closed by ``close``.
+        average: of the center over time, which then stands for it in evaluations; None for the center itself.
 
     Attributes:
         stop: whether this replica asks all to stop at once, from its next exchange on.
@@ -98,9 +124,17 @@ class Coupling:
         turnstile: what lets this replica exchange when its gate does; None where nobody waits.
     """
 
-    def __init__(self, names: list[str], vector: ParameterVector, algorithm: Algorithm, center: OpenCenter) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        vector: ParameterVector,
+        algorithm: Algorithm,
+        center: OpenCenter,
+        average: CenterAverage | None = None,
+    ) -> None:
         self.names, self.vector, self.algorithm, self.center = names, vector, algorithm, center
-        self.turnstile: Turnstile | None = None
+        self.average = average
+        self.turnstile: Passage | None = None
         self.stop = self.end = self.ended = False
         self.report_every = 0
         self.reports: deque[Report] = deque(maxlen=256)
@@ -111,16 +145,41 @@ class Coupling:
         self._snapshot: Snapshot | None = None  # what the algorithm pulled last, maybe some steps ago
         self._stash: list[Tensor] | None = None
         self._holds_center = False
-        algorithm.start(vector, center)
+        self._has_entered = False  # the next step's exchange, through the turnstile
+        algorithm.start(vector, _ObservedCenter(self))
+        self._follow_center()
 
     def rebind(self, names: list[str], vector: ParameterVector, center: OpenCenter, value: Tensor) -> None:
-        """Goes on with other parameters and their own center, of value ``value`` (d,). Nothing may be outstanding."""
+        """Goes on with other parameters and their own center, of value ``value`` (d,). Nothing may be outstanding.
+
+        An average goes on with what it has of the parameters that stay; those that join begin at their center.
+        """
+        if self.average is not None:
+            before = dict(zip(self.names, self.vector.views(self.average.value), strict=True))
+            whole = value.to(self.average.value.dtype, copy=True)
+            for name, view in zip(names, vector.views(whole), strict=True):
+                if name in before:
+                    view.copy_(before[name])
+            self.average.load_state_dict({**self.average.state_dict(), "value": whole})
         center.load_state_dict(self.center.state_dict(), value)
         self.center.close()
         self.names, self.vector, self.center = names, vector, center
-        self.algorithm.start(vector, center)
+        self.algorithm.start(vector, _ObservedCenter(self))
 
     # --- training ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Does what the next step begins with, before its forward pass; see ``Algorithm.begin``. Blocks for the gate.
+
+        Nobody has to call it, since ``step`` does what was not done. Once called it has no effect until that step.
+        """
+        self._enter()
+        self.algorithm.begin(self.vector, _ObservedCenter(self))
+
+    def _enter(self) -> None:
+        if self.turnstile is not None and self.algorithm.is_due and not self._has_entered:
+            self.turnstile.enter()
+            self._has_entered = True
 
     def step(self, local_update: Callable[[], None], *, recover: Callable[[], None] | None, at: int = 0) -> None:
         """Performs one iteration of the algorithm.
@@ -133,8 +192,7 @@ class Coupling:
         """
         self._at = at
         is_ending = self.algorithm.is_ending
-        if self.turnstile is not None and self.algorithm.is_due:
-            self.turnstile.enter()
+        self._enter()
         called = False
 
         def update() -> None:
@@ -157,14 +215,24 @@ class Coupling:
             self.vector.write_(self.center.pull().value)
             self.center.abstain()
             recover()
-            self.algorithm.start(self.vector, self.center)
+            self.algorithm.start(self.vector, _ObservedCenter(self))
             if not called:
                 local_update()
             self.algorithm.clock += 1
         if observed.measured is not None:
             self._measured = {**observed.measured, **self._costs(at)}
+        if self.average is not None and is_ending and not self.center.synchronous:
+            self.center.pull()  # which an exchange alone does not
+            self._follow_center()
+        self._has_entered = False
         if self.turnstile is not None and is_ending:
             self.turnstile.advance()
+
+    def add_force(self) -> None:
+        """Adds the force of the algorithm's proximal term, if it has one, to the parameters' gradients."""
+        term = self.algorithm.proximal_term()
+        if term is not None and term.stiffness != 0:
+            self.vector.add_proximal_gradient(term.stiffness, term.anchor)
 
     def _costs(self, at: int) -> dict[str, float]:
         traffic, now = self.center.traffic, time.monotonic()
@@ -203,6 +271,10 @@ class Coupling:
         center = self.center
         return center.clock // center.num_replicas if center.synchronous else center.traffic.exchanges
 
+    def _follow_center(self) -> None:
+        if self.average is not None:
+            self.average.update(self.center.value, self.center.clock)
+
     def _complete_last(self) -> None:
         if self.center.synchronous:
             self.center.drain()
@@ -226,7 +298,7 @@ class Coupling:
         self.center.announcement[DONE] = float(done)
         self.center.announcement[END] = float(self.end)
         if self.center.synchronous:  # elsewhere the last figures stand until there are newer ones
-            self.center.announcement[_VOTES:].zero_()
+            self.center.announcement[_VOTES : num_slots(self.center.num_replicas)].zero_()
         measured, self._measured = self._measured, None
         self._announced = measured
         if measured is not None:
@@ -235,11 +307,13 @@ class Coupling:
 
     def _receive(self) -> None:
         """Reads the figures of all replicas from the exchange that was just completed."""
+        self._follow_center()
         self.ended = self.ended or int(self.center.announced[END]) > 0
         announced, self._announced = self._announced, None
         if announced is None:
             return
-        figures = self.center.announced[_VOTES:].view(self.center.num_replicas, len(FIGURES)).clone()
+        n = self.center.num_replicas
+        figures = self.center.announced[_VOTES : num_slots(n)].view(n, len(FIGURES)).clone()
         if not self.center.synchronous:  # whose slots may have been read before this replica's were written
             figures[self.center.replica] = _row(announced)
         present = figures[:, 0] > 0
@@ -273,6 +347,7 @@ class Coupling:
             "center": center,
             "center_state": self.center.state_dict(),
             "algorithm": self.algorithm.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     @torch.no_grad()
@@ -294,6 +369,8 @@ class Coupling:
         self.vector.remainder = None if remainder is None else remainder.to(self.vector.device)
         self.center.load_state_dict(state["center_state"], state["center"])
         self.algorithm.load_state_dict(state["algorithm"])
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -301,8 +378,9 @@ class Coupling:
     def swap(self) -> None:
         """Exchanges the parameters' content with the center's; a second call puts both back to the last bit.
 
-        Where the parameters have the center's dtype the two change places, so that no further memory is needed (the
-        center's own vector is the replica's meanwhile); else the replica is set aside.
+        Where there is an average, it is what the parameters get, and the replica is set aside. Where the parameters
+        have the center's dtype the two change places, so that no further memory is needed (the center's own vector is
+        the replica's meanwhile); else the replica is set aside.
         """
         if self._holds_center:
             if self._stash is None:
@@ -310,11 +388,12 @@ class Coupling:
             else:
                 torch._foreach_copy_(self.vector.parameters, self._stash)
                 self._stash = None
-        elif all(p.dtype == self.vector.dtype for p in self.vector.parameters):
+        elif self.average is None and all(p.dtype == self.vector.dtype for p in self.vector.parameters):
             self._trade()
         else:
+            shown = self.center.value if self.average is None else self.average.value.to(self.vector.device)
             self._stash = [p.detach().clone() for p in self.vector.parameters]
-            torch._foreach_copy_(self.vector.parameters, self.vector.views(self.center.value))
+            torch._foreach_copy_(self.vector.parameters, self.vector.views(shown))
         self._holds_center = not self._holds_center
 
     def _trade(self) -> None:
@@ -330,7 +409,18 @@ class _ObservedCenter:
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
         self.num_replicas = coupling.center.num_replicas
+        self.replica = coupling.center.replica
         self.measured: dict[str, float] | None = None
+
+    def tell(self, numbers: Sequence[float]) -> None:
+        size = self._coupling.algorithm.num_told
+        first = num_slots(self.num_replicas) + self.replica * size
+        row = torch.tensor(numbers, dtype=self._coupling.center.announcement.dtype)
+        self._coupling.center.announcement[first : first + size] = row
+
+    def told(self) -> Tensor:
+        told = self._coupling.center.announced[num_slots(self.num_replicas) :]
+        return told.view(self.num_replicas, self._coupling.algorithm.num_told).clone()
 
     @property
     def _is_wanted(self) -> bool:

@@ -37,8 +37,8 @@ class FreeRunning:
     Args:
         couplings: of this replica; the list may grow later.
         rendezvous: of the job.
-        replica: index of this replica.
-        num_replicas: how many replicas meet.
+        rank: this process.
+        world_size: how many meet; a replica of several ranks comes with all of them.
         timeout: how long to wait at a meeting while nothing moves anywhere.
 
     Attributes:
@@ -52,19 +52,19 @@ class FreeRunning:
         couplings: Sequence[Coupling],
         rendezvous: Rendezvous,
         *,
-        replica: int,
-        num_replicas: int,
+        rank: int,
+        world_size: int,
         timeout: timedelta,
     ) -> None:
         self.is_free = self.at_rest = self.ending = False
-        self._replica, self._num_replicas = replica, num_replicas
+        self._rank, self._world_size = rank, world_size
         self._num_saves = 0
         self._couplings, self._rendezvous = couplings, rendezvous
         self._store = PrefixStore("meetings", rendezvous.store)
         self._meetings = Meetings(
             self._store,
-            replica=replica,
-            num_replicas=num_replicas,
+            replica=rank,
+            num_replicas=world_size,
             timeout=timeout,
             progress=rendezvous.progress_of_all,
             check=rendezvous.raise_if_failed,
@@ -129,10 +129,10 @@ class FreeRunning:
         self.is_free = False
         said = self._meetings.meet(STOP if stop else "parting", idle=lambda: self.serve(write))
         self.at_rest = False
-        if for_good and self._replica > 0:
-            self._store.set(f"left/{self._replica}", "")
+        if for_good and self._rank > 0:
+            self._store.set(f"left/{self._rank}", "")
         elif for_good:
-            others = [f"left/{replica}" for replica in range(1, self._num_replicas)]
+            others = [f"left/{rank}" for rank in range(1, self._world_size)]
             began = time.monotonic()
             while not self._store.check(others) and time.monotonic() - began < _FAREWELL_S:
                 time.sleep(_LOOK_S)
@@ -140,7 +140,7 @@ class FreeRunning:
 
     def serve(self, write: Callable[[str, str], None], *, wait: bool = False) -> None:
         """Writes this replica's file if replica 0 is saving a checkpoint; with ``wait``, when it does."""
-        if self._replica == 0:
+        if self._rank == 0:
             return
         key = f"saves/{self._num_saves + 1}"
         while not self._store.check([key]):
@@ -151,7 +151,7 @@ class FreeRunning:
         self._num_saves += 1
         path, save = json.loads(self._store.get(key))
         write(path, save)
-        self._store.set(f"{key}/{self._replica}", "")
+        self._store.set(f"{key}/{self._rank}", "")
 
     def request_files(self, path: str, save: str) -> None:
         """In replica 0: has all others write their file of a checkpoint, and waits for that. They are, or come, here.
@@ -162,7 +162,7 @@ class FreeRunning:
         self._num_saves += 1
         key = f"saves/{self._num_saves}"
         self._store.set(key, json.dumps([path, save]))
-        while not self._store.check([f"{key}/{replica}" for replica in range(1, self._num_replicas)]):
+        while not self._store.check([f"{key}/{rank}" for rank in range(1, self._world_size)]):
             self._rendezvous.raise_if_failed()
             time.sleep(_LOOK_S)
 

@@ -1,6 +1,7 @@
 """Checkpoints: an ordinary Lightning file whose ``state_dict`` is the center, and one file a replica beside it.
 
-``model.ckpt`` comes with ``model.ckpt.<save>.replica-<i>``, where ``<save>`` names one moment of saving. The replicas'
+``model.ckpt`` comes with ``model.ckpt.<save>.replica-<i>``, where ``<save>`` names one moment of saving (a
+replica of several ranks has a file for each: ``replica-<i>-<member>``). The replicas'
 files are written first, each atomically, then ``model.ckpt``, which refers to them, and only then are those of an
 earlier save of the same name removed: whenever a job is killed, the newest ``model.ckpt`` has all of its files.
 """
@@ -32,13 +33,13 @@ class ReplicaFile:
     Args:
         checkpoint: path of the checkpoint, on a file system that all processes of a host share; a link is followed.
         save: name of the moment of saving.
-        replica: whose file it is.
+        owner: whose file it is: ``"<replica>"``, or ``"<replica>-<member>"`` where a replica has several ranks.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike[str], save: str, replica: int) -> None:
+    def __init__(self, checkpoint: str | os.PathLike[str], save: str, owner: str) -> None:
         self.checkpoint = os.path.realpath(checkpoint)
-        self.save, self.replica = save, replica
-        self.path = f"{self.checkpoint}.{save}.replica-{replica}"
+        self.save, self.owner = save, owner
+        self.path = f"{self.checkpoint}.{save}.replica-{owner}"
 
     def write(self, checkpoint: dict[str, Any], own: dict[str, Any], num_replicas: int) -> None:
         """Writes what is private to the replica, atomically.
@@ -51,7 +52,7 @@ class ReplicaFile:
         content = {
             "version": _VERSION,
             "save": self.save,
-            "replica": self.replica,
+            "owner": self.owner,
             "num_replicas": num_replicas,
             "lightning": {key: value for key, value in checkpoint.items() if key not in _SHARED},
             "own": own,
@@ -72,26 +73,26 @@ class ReplicaFile:
         """
         hint = "resume with EASGDStrategy(resume='center') to start all replicas from the center instead"
         if not os.path.exists(self.path):
-            raise ReplicaFileError(f"replica {self.replica}'s file {self.path!r} is missing; put it there, or {hint}")
+            raise ReplicaFileError(f"replica {self.owner}'s file {self.path!r} is missing; put it there, or {hint}")
         try:
             content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False)
         except Exception as error:  # a damaged file can raise anything
             raise ReplicaFileError(
-                f"replica {self.replica}'s file {self.path!r} cannot be read ({type(error).__name__}: {error}); {hint}"
+                f"replica {self.owner}'s file {self.path!r} cannot be read ({type(error).__name__}: {error}); {hint}"
             ) from error
-        expected = {"version": _VERSION, "save": self.save, "replica": self.replica}
+        expected = {"version": _VERSION, "save": self.save, "owner": self.owner}
         found = {key: content.get(key) if isinstance(content, dict) else None for key in expected}
         if found != expected:
             raise ReplicaFileError(
-                f"replica {self.replica}'s file {self.path!r} says {found} where {expected} was expected; {hint}"
+                f"replica {self.owner}'s file {self.path!r} says {found} where {expected} was expected; {hint}"
             )
         return content
 
     @staticmethod
-    def remove(checkpoint: str | os.PathLike[str], *, replica: int | None = None, but: str | None = None) -> None:
-        """Removes the files of a checkpoint: of one replica or of all, of every save or of all but one."""
+    def remove(checkpoint: str | os.PathLike[str], *, owner: str | None = None, but: str | None = None) -> None:
+        """Removes the files of a checkpoint: of one owner or of all, of every save or of all but one."""
         folder, name = os.path.split(os.path.realpath(checkpoint))
-        whose = r"\d+" if replica is None else str(replica)
+        whose = r"\d+(?:-\d+)?" if owner is None else re.escape(owner)
         ours = re.compile(rf"{re.escape(name)}\.([0-9a-f]{{8}})\.replica-{whose}(\.part)?")
         for found in os.listdir(folder) if os.path.isdir(folder) else ():
             match = ours.fullmatch(found)

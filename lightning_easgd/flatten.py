@@ -117,6 +117,35 @@ class ParameterVector:
             torch._foreach_sub_(remainders, [self.parameters[i].to(self.dtype) for i in self._narrow])
 
     @torch.no_grad()
+    def add_proximal_gradient(self, stiffness: float, anchor: Tensor) -> None:
+        """Adds ``stiffness (x - anchor)``, ``anchor`` (d,), to the gradients; a parameter without one is left out.
+
+        Costs two ``torch._foreach_add_`` over the gradients and no memory.
+
+        Raises:
+            ValueError: a gradient is sparse, while this force is on every number.
+        """
+        narrow, wide = set(self._narrow), []
+        remainders = dict(zip(self._narrow, self._remainders(), strict=True)) if self.remainder is not None else {}
+        for i, (p, a) in enumerate(zip(self.parameters, self.views(anchor), strict=True)):
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                raise ValueError(
+                    f"parameter {i}, of shape {tuple(p.shape)}, has a sparse gradient, and a proximal term pulls on "
+                    "all of it: make the gradient dense (torch.nn.Embedding(sparse=False))"
+                )
+            if i in narrow:  # the difference, before anything is rounded to the parameter's dtype
+                difference = p.to(self.dtype).sub_(a)
+                p.grad.add_(difference.add_(remainders[i]) if i in remainders else difference, alpha=stiffness)
+            else:
+                wide.append((p.grad, p, a))
+        if wide:
+            gradients, parameters, anchors = zip(*wide, strict=True)
+            torch._foreach_add_(gradients, parameters, alpha=stiffness)
+            torch._foreach_add_(gradients, anchors, alpha=-stiffness)
+
+    @torch.no_grad()
     def distance(self, value: Tensor) -> float:
         """Returns the Euclidean norm of the vector minus ``value`` (d,); never a second vector in memory."""
         remainders = dict(zip(self._narrow, self._remainders(), strict=True)) if self.remainder is not None else {}

@@ -9,9 +9,10 @@ import itertools
 import json
 import logging
 import os
+import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -19,13 +20,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd._buffers import CenterBuffers
-from lightning_easgd._coupling import Coupling, num_slots
+from lightning_easgd._coupling import Coupling, Passage, num_slots
 from lightning_easgd._dynamic import DynamicData
 from lightning_easgd._free_running import (
     END_OF_EPOCH,
@@ -35,6 +36,9 @@ from lightning_easgd._free_running import (
     FreeRunning,
     StoppedByAnother,
 )
+from lightning_easgd._layerwise import LayerTurnstile, Layerwise, by_layer, refuse_algorithm, refuse_training
+from lightning_easgd._members import Layout, Members, SharedTurnstile
+from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd.algorithms import (
     ADAG,
     ADMM,
@@ -44,9 +48,13 @@ from lightning_easgd.algorithms import (
     Algorithm,
     Downpour,
     DynSGD,
+    ElasticSGD,
+    EntropySGD,
     LocalSGD,
     MDownpour,
+    Parle,
 )
+from lightning_easgd.averages import CenterAverage
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
@@ -78,7 +86,8 @@ _LAST_DRAIN = timedelta(seconds=15)
 class ElasticStrategy(_DDPStrategy):
     """Trains replicas on their own and ties them by an elastic force to a center variable.
 
-    Each process is one replica with the module's own optimizer, scheduler, precision, accumulation and clipping.
+    Each replica is one process, or ``replica_size`` of them as a DDP group of their own, with the module's own
+    optimizer, scheduler, precision, accumulation and clipping.
     Validation, test, predict, the checkpoint's ``state_dict`` and the module after ``fit`` are the center's. Between
     two exchanges a training step makes no call to ``torch.distributed``, Lightning's own per-batch broadcast included.
 
@@ -96,11 +105,14 @@ class ElasticStrategy(_DDPStrategy):
         algorithm: Algorithm | None = None,
         transport: Transport | None = None,
         *,
+        replica_size: int | None = None,
+        average: CenterAverage | None = None,
         evaluate: Literal["center", "replica"] = "center",
         on_nonfinite: Literal["raise", "reset"] = "raise",
         center_buffers: Literal["mean"] | int = "mean",
         slack: int | None = None,
-        data: Literal["shard", "dynamic"] = "shard",
+        layerwise: bool = False,
+        data: Literal["shard", "replicate", "dynamic"] | float = "shard",
         resume: Literal["replicas", "center"] = "replicas",
         resume_optimizer: Literal["fresh", "copy"] = "fresh",
         accelerator: "Accelerator | None" = None,
@@ -111,12 +123,20 @@ class ElasticStrategy(_DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **kwargs: Any,
     ) -> None:
         """Creates the strategy; nothing is started before the Trainer runs.
 
         Args:
             algorithm: the loop of one replica; each optimizer gets a copy. Default ``EASGD()``.
             transport: how a replica reaches the center. Default ``AllReduce()``.
+            replica_size: ranks of a replica, consecutive ones; it divides their number. Inside a replica gradients are
+                averaged at every step by ``DistributedDataParallel``, SyncBatchNorm and the broadcast of buffers
+                included; the exchange across replicas moves each parameter once a replica, a slice a rank. Default:
+                a node's ranks where there are several nodes, else 1; all ranks where the algorithm has one replica.
+            average: of the center over time, such as ``MovingAverage()``; each optimizer's center gets a copy. It then
+                stands for the center in evaluations, in the checkpoint's ``state_dict`` and after ``fit``; training
+                goes on from the center itself. Costs a vector of the parameters' size and a pass an exchange.
             evaluate: whose weights validation, test and predict use while fitting: the center's, the same on all
                 ranks, or each rank's own replica.
             on_nonfinite: what happens to a replica whose delta is not finite: ``"raise"`` ends the job and names it;
@@ -127,9 +147,17 @@ class ElasticStrategy(_DDPStrategy):
                 element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
             slack: over an asynchronous transport, how many exchanges (>= 0) a replica may be ahead of the slowest
                 before it waits (stale synchronous parallel; 0 is lock-step). None: nobody ever waits.
+            layerwise: whether each layer (a module that owns parameters directly) has a center and a clock of its own,
+                of the same slack: it is updated and added in the backward pass, as soon as its gradient is there, and
+                read when the next forward pass comes to it (arXiv:1512.02728). For ``Downpour`` and its kin with
+                period 1, over an asynchronous transport, with one process a replica and an optimizer that treats
+                parameters separately. Hooks that run after the backward pass, such as ``on_before_optimizer_step``,
+                see gradients that have been used already.
             data: who trains on what: ``"shard"``, each replica on its part of every epoch (Lightning's own sampler);
+                ``"replicate"``, each replica on the whole set, in an order of its own; a fraction in (0, 1), each
+                replica on a fixed part of that size, rounded up, the parts overlapping evenly, in an order of its own;
                 ``"dynamic"``, replicas draw batches from one shared epoch, so that a faster one does more and all end
-                it together. Validation and test data are always sharded.
+                it together. The ranks of a replica share its data out. Validation and test data are always sharded.
             resume: what ``fit(ckpt_path=...)`` starts from: every replica's own state, exactly as it was, or the center
                 alone. Where the checkpoint has another number of replicas it is always the center.
             resume_optimizer: the optimizers' state of replicas that start from the center of such a checkpoint: none,
@@ -142,22 +170,42 @@ class ElasticStrategy(_DDPStrategy):
             process_group_backend: of Lightning's own process group; the exchange has one of its own.
             timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
             start_method: as for DDPStrategy.
+            **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
+                as ``find_unused_parameters``.
 
         Raises:
             ValueError: an argument has the wrong type or value.
         """
-        for name, value, kind in (("algorithm", algorithm, Algorithm), ("transport", transport, Transport)):
+        for name, value, kind in (
+            ("algorithm", algorithm, Algorithm),
+            ("transport", transport, Transport),
+            ("average", average, CenterAverage),
+        ):
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"EASGDStrategy({name}={value!r}): must be a lightning_easgd {kind.__name__} or None")
         for name, choice, choices in (
             ("evaluate", evaluate, ("center", "replica")),
             ("on_nonfinite", on_nonfinite, ("raise", "reset")),
-            ("data", data, ("shard", "dynamic")),
             ("resume", resume, ("replicas", "center")),
             ("resume_optimizer", resume_optimizer, ("fresh", "copy")),
         ):
             if choice not in choices:
                 raise ValueError(f"EASGDStrategy({name}={choice!r}): must be one of {', '.join(map(repr, choices))}")
+        is_fraction = isinstance(data, float) and 0 < data < 1
+        if not is_fraction and data not in ("shard", "replicate", "dynamic"):
+            raise ValueError(
+                f"EASGDStrategy(data={data!r}): must be 'shard', 'replicate', 'dynamic', or a fraction above 0 and "
+                "below 1"
+            )
+        if replica_size is not None and (
+            isinstance(replica_size, bool) or not isinstance(replica_size, int) or replica_size < 1
+        ):
+            raise ValueError(f"EASGDStrategy(replica_size={replica_size!r}): must be a number of ranks >= 1, or None")
+        if data == "dynamic" and replica_size is not None and replica_size > 1:
+            raise ValueError(
+                f"EASGDStrategy(data='dynamic', replica_size={replica_size}): the ranks of a replica must have equally "
+                "many batches; use replica_size=1, or data='shard'"
+            )
         is_count = isinstance(center_buffers, int) and not isinstance(center_buffers, bool) and center_buffers >= 1
         if center_buffers != "mean" and not is_count:
             raise ValueError(
@@ -168,12 +216,18 @@ class ElasticStrategy(_DDPStrategy):
             transport = Asynchronous() if self.algorithm.asynchronous_only else AllReduce()
         self.transport = transport
         self._check_combination()
+        if layerwise:
+            refuse_algorithm(self.algorithm, synchronous=self.transport.synchronous, replica_size=replica_size)
+            replica_size = 1
+        self.layerwise = layerwise
         self.gate = None if slack is None else StaleSynchronous(slack)
         if self.gate is not None and self.transport.synchronous:
             raise ValueError(
                 f"EASGDStrategy(slack={slack}): over {self.transport!r} all replicas exchange at once; a slack needs "
                 "an asynchronous transport, such as Asynchronous()"
             )
+        self.replica_size = replica_size
+        self.average = average
         self.data = data
         self.evaluate = evaluate
         self.on_nonfinite = on_nonfinite
@@ -181,8 +235,10 @@ class ElasticStrategy(_DDPStrategy):
         self.resume = resume
         self.resume_optimizer = resume_optimizer
         self.couplings: list[Coupling] = []
-        self._by_optimizer: dict[int, Coupling] = {}
-        self._group: Group | None = None  # over the replicas, for what is not a center; None for one
+        self._by_optimizer: dict[int, list[Coupling]] = {}
+        self._layerwise: Layerwise | None = None
+        self._group: Group | None = None  # over all ranks, for what is not a center; None for one
+        self._members: Members | None = None  # the ranks of this replica
         self._buffers: CenterBuffers | None = None
         self._holds_center = False
         self._center_is_new = False
@@ -212,6 +268,7 @@ class ElasticStrategy(_DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            **kwargs,
         )
 
     def _check_combination(self) -> None:
@@ -244,14 +301,34 @@ class ElasticStrategy(_DDPStrategy):
     # --- before any process is started ------------------------------------------------------------------------------
 
     @property
+    def layout(self) -> Layout:
+        """Which ranks form which replica.
+
+        Raises:
+            ValueError: ``replica_size`` does not divide the number of ranks.
+        """
+        world_size = int(self.num_nodes * self.num_processes)
+        size = self.replica_size
+        if size is None:
+            several = self.num_nodes > 1 and self.data != "dynamic"
+            size = world_size if self.algorithm.single_replica else self.num_processes if several else 1
+        if world_size % max(size, 1):
+            divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+            raise ValueError(
+                f"EASGDStrategy(replica_size={size}): must divide the number of ranks, which is {world_size} "
+                f"({self.num_nodes} nodes with {self.num_processes} devices); {divisors} do"
+            )
+        return Layout(world_size, max(size, 1))
+
+    @property
     def num_replicas(self) -> int:
-        """How many replicas there are: one a process."""
-        return int(self.num_nodes * self.num_processes)
+        """How many replicas there are."""
+        return self.layout.num_replicas
 
     @property
     def replica(self) -> int:
         """Index of this process's replica."""
-        return int(self.global_rank)
+        return int(self.global_rank) // self.layout.replica_size
 
     @override
     def _configure_launcher(self) -> None:
@@ -279,7 +356,8 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def setup(self, trainer: "Trainer") -> None:
         self._trainer = trainer
-        if self._layer_sync is not None:  # which would synchronise statistics over all replicas at every forward
+        if self._layer_sync is not None and self.layout.replica_size == 1:
+            # It would synchronise statistics over all replicas at every forward.
             self._layer_sync = None
             rank_zero_warn(
                 "Trainer(sync_batchnorm=True) has no effect on EASGDStrategy with one process a replica: batch "
@@ -287,6 +365,8 @@ class ElasticStrategy(_DDPStrategy):
             )
         if trainer.state.fn == "fit":
             self._refuse_callbacks(trainer)
+            if self.layerwise:
+                refuse_training(trainer, self._module)
             if trainer.loggers:
                 self._add_monitor(trainer)
         super().setup(trainer)
@@ -317,22 +397,59 @@ class ElasticStrategy(_DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        # Where DDPStrategy wraps the module. Here it stays as it is: a replica is one process.
+        # Where DDPStrategy wraps the module. Here it stays as it is where a replica is one process.
+        layout = self.layout
         self._rendezvous = self._open_rendezvous()
         self._check_same_parameters(self._rendezvous.store)
-        if self.num_replicas > 1:
+        self._members = Members(
+            layout,
+            self.global_rank,
+            store=PrefixStore("members", self._rendezvous.store),
+            device=self.root_device,
+            timeout=self._wait,
+        )
+        self._cleanup.callback(self._members.close)
+        if layout.world_size > 1:
             store = PrefixStore("module", self._rendezvous.store)
-            self._group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
+            self._group = new_group(store, self.global_rank, layout.world_size, self.root_device, self._wait)
             self._start_from_replica_0(self._group)
-        self._buffers = CenterBuffers(self._module, self._group, self.num_replicas)
-        if self.data == "dynamic":
-            assert self._trainer is not None
-            self._dynamic = DynamicData(
+        self._members.confine_batch_norm(self._module)
+        if layout.replica_size > 1:
+            self._ddp_kwargs["process_group"] = self._members.ddp_group
+            super().configure_ddp()
+        self._show_layout(layout)
+        self._buffers = CenterBuffers(self._module, self._group, layout.world_size, self._members.group)
+        self._set_up_sampling(self._rendezvous, self._members)
+
+    def _show_layout(self, layout: Layout) -> None:
+        """Says which ranks form which replica."""
+        assert self._rendezvous is not None
+        store = PrefixStore("hosts", self._rendezvous.store)
+        store.set(str(self.global_rank), platform.node())
+        if self.is_global_zero and layout.world_size > 1:
+            rank_zero_info(layout.describe([store.get(str(rank)).decode() for rank in range(layout.world_size)]))
+
+    def _set_up_sampling(self, rendezvous: Rendezvous, members: Members) -> None:
+        assert self._trainer is not None
+        seed = int(os.getenv("PL_GLOBAL_SEED", "0"))  # as Lightning's own sampler
+        if self.data == "replicate" or isinstance(self.data, float):
+            ReplicatedData(
                 self._trainer,
-                PrefixStore("data", self._rendezvous.store),
                 replica=self.replica,
                 num_replicas=self.num_replicas,
-                seed=int(os.getenv("PL_GLOBAL_SEED", "0")),  # as Lightning's own sampler
+                member=members.index,
+                replica_size=members.size,
+                fraction=self.data if isinstance(self.data, float) else None,
+                seed=seed,
+                patch=self._patch,
+            )
+        if self.data == "dynamic":
+            self._dynamic = DynamicData(
+                self._trainer,
+                PrefixStore("data", rendezvous.store),
+                replica=self.replica,
+                num_replicas=self.num_replicas,
+                seed=seed,
                 patch=self._patch,
                 ahead=self.num_nodes > 1,
             )
@@ -346,7 +463,7 @@ class ElasticStrategy(_DDPStrategy):
             Rendezvous,
             self.cluster_environment.main_address,
             rank=self.global_rank,
-            world_size=self.num_replicas,
+            world_size=self.layout.world_size,
             timeout=self._wait,
             poll=timedelta(seconds=1 if self.transport.synchronous else 0.2),
         )
@@ -363,12 +480,12 @@ class ElasticStrategy(_DDPStrategy):
         module = self._module
         own = [(n, str(p.dtype), list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
         own += [(n, str(b.dtype), list(b.shape), False) for n, b in module.named_buffers()]
-        store.set(f"parameters/{self.replica}", json.dumps(own))
-        if self.replica == 0:
-            first = json.loads(json.dumps(own))
+        store.set(f"parameters/{self.global_rank}", json.dumps(own))
+        if self.is_global_zero:
+            first, layout = json.loads(json.dumps(own)), self.layout
             differences = (
-                _difference(replica, first, json.loads(store.get(f"parameters/{replica}")))
-                for replica in range(1, self.num_replicas)
+                _difference(rank // layout.replica_size, first, json.loads(store.get(f"parameters/{rank}")))
+                for rank in range(1, layout.world_size)
             )
             store.set("parameters/verdict", "; ".join(filter(None, differences)))
         verdict = store.get("parameters/verdict").decode()
@@ -386,53 +503,80 @@ class ElasticStrategy(_DDPStrategy):
 
     def _open_couplings(self) -> None:
         assert self._rendezvous is not None
+        assert self._members is not None
         for optimizer in self.optimizers:
             if type(optimizer).__name__ in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"):
                 raise ValueError(
                     f"EASGDStrategy: {type(optimizer).__name__} synchronises the replicas at every step; return the "
                     "optimizer that it wraps from configure_optimizers"
                 )
-        for index, parameters in enumerate(coupled_parameters(self._module, self.optimizers)):
+        for index, (optimizer, parameters) in enumerate(self._coupled_parameters()):
             vector = ParameterVector(parameters.values())
             center = self._open_center(f"coupling/{index}", vector.read())
             algorithm = copy.deepcopy(self.algorithm)
-            algorithm.bind(self.optimizers[index], list(parameters.values()))
-            coupling = Coupling(list(parameters), vector, algorithm, center)
+            algorithm.bind(optimizer, list(parameters.values()))
+            coupling = Coupling(list(parameters), vector, algorithm, center, copy.deepcopy(self.average))
             coupling.report_every = self._report_every
-            gate: Gate | None = self.gate
-            if gate is None and not self.transport.synchronous:
-                gate = self.algorithm.gate(self.num_replicas)
-            if gate is not None:
-                coupling.turnstile = Turnstile(
-                    gate,
-                    PrefixStore(f"gate/{index}", self._rendezvous.store),
-                    replica=self.replica,
-                    num_replicas=self.num_replicas,
-                    timeout=self._wait,
-                    check=self._rendezvous.raise_if_failed,
-                )
+            coupling.turnstile = self._open_turnstile(f"gate/{index}")
             self.couplings.append(coupling)
-            self._by_optimizer[id(self.optimizers[index])] = coupling
+            self._by_optimizer.setdefault(id(optimizer), []).append(coupling)
+        if self.layerwise:
+            self._layerwise = Layerwise(self._module, self.optimizers[0], self.couplings)
+            self._cleanup.callback(self._layerwise.close)
         if not self.transport.synchronous:
             self._free_running = FreeRunning(
                 self.couplings,
                 self._rendezvous,
-                replica=self.replica,
-                num_replicas=self.num_replicas,
+                rank=self.global_rank,
+                world_size=self.layout.world_size,
                 timeout=self._wait,
             )
 
-    def _open_center(self, name: str, initial: Tensor) -> OpenCenter:
+    def _coupled_parameters(self) -> list[tuple[Optimizer, dict[str, nn.Parameter]]]:
+        """Returns, for each coupling, its parameters by name and the optimizer that steps them."""
+        pairs = zip(self.optimizers, coupled_parameters(self._module, self.optimizers), strict=True)
+        if not self.layerwise:
+            return list(pairs)
+        return [(optimizer, layer) for optimizer, parameters in pairs for layer in by_layer(self._module, parameters)]
+
+    def _open_turnstile(self, name: str) -> Passage | None:
+        gate: Gate | None = self.gate
+        if gate is None and not self.transport.synchronous:
+            gate = self.algorithm.gate(self.num_replicas)
+        if gate is None:
+            return None
         assert self._rendezvous is not None
-        center = self.transport.open(
-            initial,
+        assert self._members is not None
+        open_one = partial(
+            Turnstile,
+            gate,
             replica=self.replica,
             num_replicas=self.num_replicas,
-            rule=self.algorithm.rule(self.num_replicas),
-            store=PrefixStore(name, self._rendezvous.store),
             timeout=self._wait,
-            num_slots=num_slots(self.num_replicas),
+            check=self._rendezvous.raise_if_failed,
         )
+        turnstile = open_one(PrefixStore(name, self._rendezvous.store))
+        if self.layerwise:
+            return LayerTurnstile(turnstile, open_one(PrefixStore(f"{name}/readings", self._rendezvous.store)))
+        return SharedTurnstile(turnstile, self._members) if self._members.size > 1 else turnstile
+
+    def _open_center(self, name: str, initial: Tensor) -> OpenCenter:
+        rendezvous = self._rendezvous
+        assert rendezvous is not None
+        assert self._members is not None
+
+        def open_slice(part: Tensor, index: int) -> OpenCenter:
+            return self.transport.open(
+                part,
+                replica=self.replica,
+                num_replicas=self.num_replicas,
+                rule=self.algorithm.rule(self.num_replicas),
+                store=PrefixStore(f"{name}/{index}", rendezvous.store),
+                timeout=self._wait,
+                num_slots=num_slots(self.num_replicas, self.algorithm.num_told),
+            )
+
+        center = self._members.open_center(initial, open_slice)
         self._cleanup.callback(center.close)
         return center
 
@@ -443,7 +587,7 @@ class ElasticStrategy(_DDPStrategy):
         One that joins (thawed by BackboneFinetuning, say) has the replicas' mean as its center; one that leaves is set
         to its center. All replicas call it at the same point; collective where something has changed.
         """
-        for index, parameters in enumerate(coupled_parameters(self._module, self.optimizers)):
+        for index, (optimizer, parameters) in enumerate(self._coupled_parameters()):
             coupling = self.couplings[index]
             if list(parameters) == coupling.names:
                 continue
@@ -456,14 +600,16 @@ class ElasticStrategy(_DDPStrategy):
             initial = vector.read()
             if self._group is not None:
                 self._group.allreduce([initial]).wait()
-                initial /= self.num_replicas
+                initial /= self.layout.world_size
             for name, view in zip(parameters, vector.views(initial), strict=True):
                 if name in center:
                     view.copy_(center[name])
             self._generation += 1
-            coupling.algorithm.bind(self.optimizers[index], list(parameters.values()))
+            coupling.algorithm.bind(optimizer, list(parameters.values()))
             opened = self._open_center(f"coupling/{index}/{self._generation}", initial)
             coupling.rebind(list(parameters), vector, opened, initial)
+            if self._layerwise is not None:
+                self._layerwise.attach()
 
     @property
     def _module(self) -> "LightningModule":
@@ -492,6 +638,9 @@ class ElasticStrategy(_DDPStrategy):
             for callback in vars(trainer)["callbacks"]:
                 if "Checkpoint" in (kind.__name__ for kind in type(callback).__mro__):
                     self._let_0_decide(callback)
+        if any(c.algorithm.proximal_term.__func__ is not Algorithm.proximal_term for c in self.couplings):  # type: ignore[attr-defined]
+            plugin = self.precision_plugin
+            self._patch(plugin, "_after_closure", partial(self._add_force, plugin._after_closure))
         self._patch(fit_loop, "setup_data", partial(self._set_up_data, trainer, fit_loop.setup_data))
         self._patch(epoch_loop, "on_run_start", partial(self._start_epoch, trainer, epoch_loop.on_run_start))
         # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
@@ -524,9 +673,9 @@ class ElasticStrategy(_DDPStrategy):
         dump = self._dump or self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         before = self._saves.get(path)
         if before is not None:  # replica 0 does not see another host's
-            ReplicaFile.remove(path, replica=self.replica, but=before)
+            ReplicaFile.remove(path, owner=self._file_owner, but=before)
         self._saves[path] = save
-        ReplicaFile(path, save, self.replica).write(dump, self._own_state(), self.num_replicas)
+        ReplicaFile(path, save, self._file_owner).write(dump, self._own_state(), self.num_replicas)
 
     def _part(self, *, for_good: bool = False) -> None:
         """Ends what the replicas of an asynchronous run have met for, and stops all if one was asked to stop."""
@@ -551,8 +700,8 @@ class ElasticStrategy(_DDPStrategy):
         model: "LightningModule | nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        coupling = self._by_optimizer.get(id(optimizer))
-        if coupling is None:
+        couplings = self._by_optimizer.get(id(optimizer))
+        if couplings is None:
             raise RuntimeError(
                 f"EASGDStrategy: this {type(optimizer).__name__} is none of the optimizers that configure_optimizers "
                 "returned when training began; add parameters to those with add_param_group instead of replacing them"
@@ -565,44 +714,56 @@ class ElasticStrategy(_DDPStrategy):
             output = super(ElasticStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
 
         assert self._trainer is not None
-        coupling.step(
-            local_update,
-            recover=partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None,
-            at=self._trainer.fit_loop.epoch_loop._batches_that_stepped,  # the step of Lightning's own log entries
-        )
+        at = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own log entries
+        recover = partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None
+        if self._layerwise is None:
+            [coupling] = couplings
+            coupling.step(local_update, recover=recover, at=at)
+        else:  # the precision plugin's part of an optimizer step, without the update: the layers have had it by then
+            backward = partial(self.precision_plugin._wrap_closure, self._module, optimizer, closure)
+            output = self._layerwise.step(backward, recover=recover, at=at)
         self._rendezvous_progress()
-        if coupling.ended:
+        if any(coupling.ended for coupling in couplings):
             self._trainer.should_stop = True
-        if self._is_free:
+        # What this rank knows by itself, and what all ranks of its replica act upon.
+        assert self._members is not None
+        stop, overdue, end = self._members.agree(self._is_asked_to_stop, self._is_overdue, self._is_ending)
+        if self._rendezvous is not None:
+            self._rendezvous.raise_if_failed()
+        if self._is_free and end:
             self._share_end()
-        if coupling.stop_votes or self._stop_seen_at is not None or self._rendezvous_has_news:
-            self._attend_to_stop(coupling)
+        has_votes = any(coupling.stop_votes for coupling in couplings)
+        if has_votes or stop or self._stop_seen_at is not None:
+            self._attend_to_stop(has_votes=has_votes, overdue=overdue)
         return output
 
-    def _recover(self, optimizer: Optimizer) -> None:
+    def _add_force(self, after_closure: Callable[..., None], model: Any, optimizer: Any) -> None:
+        """Before Lightning's own, which calls ``on_before_optimizer_step`` and clips: gradients are unscaled here."""
+        for coupling in self._by_optimizer.get(id(optimizer), []):
+            coupling.add_force()
+        after_closure(model, optimizer)
+
+    def _recover(self, optimizer: Optimizer, parameters: Sequence[Tensor] | None = None) -> None:
         log.warning(
             "replica %d: its delta was not finite; it starts again from the center with a fresh optimizer state",
             self.replica,
         )
-        optimizer.state.clear()
+        for parameter in list(optimizer.state) if parameters is None else parameters:
+            optimizer.state.pop(parameter, None)
 
     @property
-    def _rendezvous_has_news(self) -> bool:
-        return self._rendezvous is not None and (
-            self._rendezvous.stop_requested or self._rendezvous.failure is not None
-        )
+    def _is_overdue(self) -> bool:
+        """Whether a request to stop has waited long enough for an exchange to carry it."""
+        return self._stop_seen_at is not None and time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S
 
-    def _attend_to_stop(self, coupling: Coupling) -> None:
+    def _attend_to_stop(self, *, has_votes: bool, overdue: bool) -> None:
         """Ends training on all replicas together: a request to stop rides on the exchanges until all have seen it."""
-        assert self._rendezvous is not None
-        self._rendezvous.raise_if_failed()
         if self._stop_seen_at is None:
             self._stop_seen_at = time.monotonic()
             for each in self.couplings:
                 each.stop = True
         # A vote that all have read stops all at the same exchange. Where none comes for long, meeting does it.
-        waited = time.monotonic() - self._stop_seen_at > _STOP_PATIENCE_S
-        if coupling.stop_votes or waited or self._free_running is not None:
+        if has_votes or overdue or self._free_running is not None:
             if self._free_running is not None:
                 self._free_running.is_free = False
             self._meet(STOP)
@@ -629,12 +790,11 @@ class ElasticStrategy(_DDPStrategy):
         return bool(self._trainer.should_stop) or self._rendezvous.end_requested
 
     def _share_end(self) -> None:
-        """Tells the others that this replica is to end training, and hears it from them."""
+        """Tells the others that this replica is to end training, or has heard it from them."""
         assert self._trainer is not None
         assert self._rendezvous is not None
-        if self._is_ending:
-            self._rendezvous.request_end()
-            self._trainer.should_stop = True
+        self._rendezvous.request_end()
+        self._trainer.should_stop = True
 
     def _check_time(self, timer: Any, *_: Any) -> None:
         """Rank 0 decides; the others learn of it in its next exchange, at the latest when they meet."""
@@ -654,7 +814,7 @@ class ElasticStrategy(_DDPStrategy):
         """Replaces Lightning's handler, which broadcasts over WORLD wherever the process happens to be."""
         assert self._trainer is not None
         log.info("rank %d received signal %d", self.global_rank, signum)
-        if self._rendezvous is None or not self.couplings or self.num_replicas == 1:
+        if self._rendezvous is None or not self.couplings or self.layout.world_size == 1:
             self._set_received_sigterm()
         else:
             self._rendezvous.request_stop()
@@ -664,7 +824,13 @@ class ElasticStrategy(_DDPStrategy):
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
         self._resumed = None  # whatever had to be put back has been
-        return super().training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
+        if self.algorithm.needs_loss:
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if isinstance(loss, Tensor):
+                for coupling in self.couplings:
+                    coupling.algorithm.observe_loss(loss.detach())
+        return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -713,6 +879,10 @@ class ElasticStrategy(_DDPStrategy):
         return True
 
     def _gather_buffers(self) -> None:
+        if self._free_running is not None and self._group is not None:
+            for coupling in self.couplings:
+                if coupling.average is not None:  # each replica saw the center at other times
+                    self._group.broadcast(coupling.average.value, 0).wait()
         if self._buffers is not None:
             self._buffers.gather()
             self._center_is_new = True
@@ -754,11 +924,14 @@ class ElasticStrategy(_DDPStrategy):
         if self._buffers is not None:
             self._buffers.forget()  # nobody gathers them meanwhile
         free_running.at_rest = False
-        free_running.is_free = self.num_replicas > 1
+        free_running.is_free = self.layout.world_size > 1
 
     def _end_epoch(self, on_advance_end: Callable[[], None]) -> None:
         if self._free_running is None:
             self._meet(END_OF_EPOCH)
+            on_advance_end()
+            return
+        if self._stopped_together:  # in the epoch's last batch, after which Lightning raises only at its end
             on_advance_end()
             return
         assert self._trainer is not None
@@ -908,27 +1081,28 @@ class ElasticStrategy(_DDPStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
         save = self.broadcast(uuid.uuid4().hex[:8])
-        ReplicaFile(filepath, save, self.replica).write(checkpoint, self._own_state(), self.num_replicas)
+        ReplicaFile(filepath, save, self._file_owner).write(checkpoint, self._own_state(), self.num_replicas)
         self.barrier()  # the checkpoint refers to all files
-        checkpoint[KEY] = {"save": save, "num_replicas": self.num_replicas}
+        checkpoint[KEY] = {"save": save, **self._saved_layout}
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         if type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":  # which has not written yet
             self.barrier()
-            ReplicaFile.remove(filepath, replica=self.replica, but=save)
+            ReplicaFile.remove(filepath, owner=self._file_owner, but=save)
 
     def _save_from_0(
         self, free_running: FreeRunning, checkpoint: dict[str, Any], filepath: Any, storage_options: Any
     ) -> None:
         is_local, path = "://" not in str(filepath), str(filepath)
-        with_files = (free_running.at_rest or self.num_replicas == 1) and is_local and "optimizer_states" in checkpoint
+        at_rest = free_running.at_rest or self.layout.world_size == 1
+        with_files = at_rest and is_local and "optimizer_states" in checkpoint
         if not self.is_global_zero:
             if with_files:  # all were asked to save, by the user
                 free_running.serve(self._write_replica_file, wait=True)
             return
-        saved: dict[str, Any] = {"save": None, "num_replicas": self.num_replicas}
+        saved: dict[str, Any] = {"save": None, **self._saved_layout}
         if with_files:
             saved["save"] = uuid.uuid4().hex[:8]
-            ReplicaFile(path, saved["save"], 0).write(checkpoint, self._own_state(), self.num_replicas)
+            ReplicaFile(path, saved["save"], self._file_owner).write(checkpoint, self._own_state(), self.num_replicas)
             free_running.request_files(path, saved["save"])
         elif self._dynamic is not None:
             saved["data"] = self._dynamic.state_dict()
@@ -940,7 +1114,18 @@ class ElasticStrategy(_DDPStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
         if "://" not in str(filepath):
-            ReplicaFile.remove(filepath, replica=None if self.is_global_zero else self.replica)
+            ReplicaFile.remove(filepath, owner=None if self.is_global_zero else self._file_owner)
+
+    @property
+    def _saved_layout(self) -> dict[str, int]:
+        layout = {"num_replicas": self.num_replicas, "replica_size": self.layout.replica_size}
+        return {**layout, "layerwise": self.layerwise}
+
+    @property
+    def _file_owner(self) -> str:
+        """Whose file this rank writes beside a checkpoint: random states and data are each rank's own."""
+        replica, member = divmod(int(self.global_rank), self.layout.replica_size)
+        return str(replica) if self.layout.replica_size == 1 else f"{replica}-{member}"
 
     def _own_state(self) -> dict[str, Any]:
         assert self._buffers is not None
@@ -971,11 +1156,16 @@ class ElasticStrategy(_DDPStrategy):
         saved = checkpoint.get(KEY)
         no_files = saved is None or saved["save"] is None
         self._resumed_data = None if saved is None else saved.get("data")
-        if saved is None or no_files or self.resume == "center" or saved["num_replicas"] != self.num_replicas:
+        layout = {} if saved is None else {"replica_size": 1, "layerwise": False, **saved}
+        fits = all(layout.get(key) == value for key, value in self._saved_layout.items())
+        if saved is None or no_files or self.resume == "center" or not fits:
             # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
             self._fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
-            others = 0 if saved is None else saved["num_replicas"]
-            why = "it has no replicas' files" if no_files else f"it has {others} replicas"
+            size = layout.get("replica_size")
+            found = f"it has {layout.get('num_replicas')} replicas"
+            found += "" if size == self.layout.replica_size else f" of {size} ranks"
+            found += ", layer by layer" if layout.get("layerwise") else ""
+            why = "it has no replicas' files" if no_files else found
             rank_zero_warn(
                 f"EASGDStrategy resumes {self.num_replicas} replicas from the center of {str(checkpoint_path)!r} "
                 f"({why if self.resume == 'replicas' else 'as asked'}), each with "
@@ -984,7 +1174,7 @@ class ElasticStrategy(_DDPStrategy):
             return checkpoint
         error, content = None, {}
         try:
-            content = ReplicaFile(checkpoint_path, saved["save"], self.replica).read()
+            content = ReplicaFile(checkpoint_path, saved["save"], self._file_owner).read()
         except ReplicaFileError as found:
             error = found
         if not self.reduce_boolean_decision(error is None):  # nobody goes on with half of it
@@ -1037,6 +1227,7 @@ class ElasticStrategy(_DDPStrategy):
     def _start_epoch(self, trainer: "Trainer", on_run_start: Callable[[Any], None], data_fetcher: Any) -> None:
         """Lightning's own, which creates the iterator of all epochs but the first."""
         self._couple_anew()
+        self._tell_epoch_length(trainer)
         fit_loop = trainer.fit_loop
         if (
             trainer.current_epoch > 0
@@ -1053,6 +1244,20 @@ class ElasticStrategy(_DDPStrategy):
                 set_rng_state(self._rng_to_go_on_with)
         if self._free_running is not None:
             self._go_free(self._free_running)
+
+    def _tell_epoch_length(self, trainer: "Trainer") -> None:
+        """Tells the algorithms that ask for it how many batches an epoch has: replica 0's number, on all."""
+        asking = [c.algorithm for c in self.couplings if c.algorithm.needs_batches_per_epoch]
+        if all(algorithm.batches_per_epoch is not None for algorithm in asking):
+            return
+        assert self._rendezvous is not None
+        store, key = PrefixStore("epoch", self._rendezvous.store), "batches"
+        if self.is_global_zero:
+            num_batches = trainer.num_training_batches
+            store.set(key, json.dumps(None if num_batches == float("inf") else num_batches))
+        agreed = json.loads(store.get(key))
+        for algorithm in asking:
+            algorithm.batches_per_epoch = agreed
 
     def _last_drain(self) -> None:
         for coupling in self.couplings:
@@ -1097,7 +1302,7 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         if self._is_alone:
-            return tensor.unsqueeze(0).expand(self.num_replicas, *tensor.shape)
+            return tensor.unsqueeze(0).expand(self.layout.world_size, *tensor.shape)
         gathered: Tensor = super().all_gather(tensor, group, sync_grads)
         return gathered
 
@@ -1123,12 +1328,14 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers = self._group = None
             self._holds_center = False
             self._by_optimizer.clear()
+            self._layerwise = None
             self._rendezvous = self._free_running = self._dynamic = None
             self._saves.clear()
             self._dump = None
             self._stop_seen_at = None
             self._stopped_together = False
-            self._resumed = self._epoch_rng = None
+            self._resumed = self._epoch_rng = self._members = None
+            self._ddp_kwargs.pop("process_group", None)
             super().teardown()
             self._trainer = None
 
@@ -1149,8 +1356,12 @@ class ElasticStrategy(_DDPStrategy):
             "strategy": type(self).__name__,
             "transport": type(self.transport).__name__,
             "num_replicas": self.num_replicas,
+            "replica_size": self.layout.replica_size,
+            "replicas": self.layout.describe(),
             "data": self.data,
+            **({} if self.average is None else {"average": repr(self.average)}),
             **({} if self.gate is None else {"slack": self.gate.slack}),
+            **({"layerwise": True} if self.layerwise else {}),
             **self.algorithm.hyperparameters(self.num_replicas),
         }
 
@@ -1170,11 +1381,18 @@ class ElasticStrategy(_DDPStrategy):
             "adag": ("ADAG", {"algorithm": ADAG(), **apart}),
             "dynsgd": ("DynSGD", {"algorithm": DynSGD(), **apart}),
             "ssp": ("Stale synchronous parallel SGD", {"algorithm": Downpour(), "slack": 3, **apart}),
+            "ssp_layerwise": (
+                "Layerwise stale synchronous parallel SGD",
+                {"algorithm": Downpour(), "slack": 3, "layerwise": True, **apart},
+            ),
             "local_sgd": ("Local SGD", {"algorithm": LocalSGD(), **together}),
             "bmuf": ("BMUF", {"algorithm": LocalSGD.bmuf(), **together}),
             "slowmo": ("SlowMo", {"algorithm": LocalSGD.slowmo(), **together}),
             "diloco": ("DiLoCo", {"algorithm": LocalSGD.diloco(), **together}),
             "admm": ("Linearized ADMM", {"algorithm": ADMM(), **together}),
+            "parle": ("Parle", {"algorithm": Parle(), **together}),
+            "entropy_sgd": ("Entropy-SGD", {"algorithm": EntropySGD(), **together}),
+            "elastic_sgd": ("Elastic-SGD", {"algorithm": ElasticSGD(), **together}),
         }
         for name, (description, arguments) in presets.items():
             for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):

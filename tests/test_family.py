@@ -53,7 +53,8 @@ def _fit(replica: int, strategy: Any) -> Any:
 
 def test_all_names_of_the_family_are_registered():
     family = (
-        "adag admm agn bmuf diloco downpour dynsgd eamsgd eamsgd_async easgd easgd_async local_sgd mdownpour slowmo ssp"
+        "adag admm agn bmuf diloco downpour dynsgd eamsgd eamsgd_async easgd easgd_async elastic_sgd entropy_sgd "
+        "local_sgd mdownpour parle slowmo ssp"
     )
     assert family.split() == NAMES
 

@@ -200,7 +200,7 @@ def test_removal_spares_files_of_other_names(tmp_path):
     ]  # fmt: skip
     for name in names:
         (tmp_path / name).touch()
-    ReplicaFile.remove(tmp_path / "model", replica=1, but="ffff0000")
+    ReplicaFile.remove(tmp_path / "model", owner="1", but="ffff0000")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[2:])
     ReplicaFile.remove(tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.ckpt.0123abcd.replica-1"]
@@ -290,7 +290,7 @@ def _foreign(path: Path) -> None:
     [
         (_missing, "is missing; put it there, or resume with"),
         (_truncated, "cannot be read"),
-        (_foreign, "'replica': 0"),
+        (_foreign, "'owner': '0'"),
     ],
 )
 def test_a_damaged_file_is_named_and_nothing_goes_on(folder, damage, text):
@@ -335,7 +335,7 @@ def test_a_job_killed_while_it_saves_leaves_its_last_checkpoint_complete(tmp_pat
         checkpoint = torch.load(folder / "last.ckpt", weights_only=False)
         assert checkpoint["global_step"] >= 2
         for r in range(2):
-            content = ReplicaFile(folder / "last.ckpt", checkpoint[KEY]["save"], r).read()
+            content = ReplicaFile(folder / "last.ckpt", checkpoint[KEY]["save"], str(r)).read()
             assert content["lightning"]["global_step"] == checkpoint["global_step"]
 
 
@@ -385,7 +385,7 @@ def test_wherever_a_save_is_cut_short_the_last_checkpoint_is_complete(tmp_path):
         codes = replicas.join()
         last = tmp_path / str(number) / "last.ckpt"
         checkpoint = torch.load(last, weights_only=False)
-        ReplicaFile(last, checkpoint[KEY]["save"], 0).read()
+        ReplicaFile(last, checkpoint[KEY]["save"], "0").read()
         assert checkpoint["global_step"] in (2, 4, 6)
     assert codes == [0], replicas.error(0)
     assert number > 8

@@ -1,0 +1,345 @@
+"""Layerwise training: every layer has a center and a clock of its own, and exchanges in the middle of a pass.
+
+Layerwise stale synchronous parallel descent (arXiv:1512.02728). In the backward pass a layer is updated and its delta
+added to its center as soon as its gradient is there, while those below it are still computed; in the forward pass its
+newest value is waited for and read when the layer is about to be used, while those above it may still be on their way.
+A *layer* is a module that owns parameters directly; a parameter that several modules own belongs to the first.
+
+Which values a reading has with slack s, c being the clock (the steps that a replica has completed with this layer) of
+the replica that reads: all additions of steps below ``c - s`` of every replica, all of its own, and none of step
+``c + s`` or beyond. The last is what makes slack 0 synchronous descent on summed updates: nobody adds to a layer before
+all have read it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_easgd._coupling import Coupling
+from lightning_easgd.algorithms import Algorithm
+from lightning_easgd.communication._turnstile import Turnstile
+
+__all__ = ["LayerTurnstile", "Layerwise", "by_layer", "narrowed", "parts_of", "refuse_algorithm", "refuse_training"]
+
+T = TypeVar("T")
+
+
+def by_layer(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Returns, for each layer of the module, which of ``parameters`` it owns, by name, in the module's order.
+
+    A layer that owns none of them (frozen by now, say) has an empty one, so that its place among the layers stays.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    taken: set[int] = set()
+    layers = []
+    for layer in module.modules():
+        own = {id(p): p for p in layer.parameters(recurse=False) if id(p) not in taken}
+        taken |= own.keys()
+        if own:
+            layers.append({names[i]: p for i, p in own.items() if names[i] in parameters})
+    return layers
+
+
+def parts_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    """Returns which of ``parameters`` stand in which of the optimizer's groups, by the group's index."""
+    own = {id(p) for p in parameters}
+    parts = {i: [p for p in group["params"] if id(p) in own] for i, group in enumerate(optimizer.param_groups)}
+    return {i: part for i, part in parts.items() if part}
+
+
+@contextmanager
+def narrowed(optimizer: Optimizer, parts: Mapping[int, list[Tensor]]) -> Iterator[None]:
+    """Leaves the optimizer with some of its parameters alone, and then puts the others back.
+
+    A step meanwhile is the whole step's part for these, where an optimizer treats parameters separately, as those of
+    ``torch.optim`` but LBFGS do. Their state stays where it is.
+
+    Args:
+        optimizer: torch's own, not a wrapper.
+        parts: what stays of each group, see ``parts_of``; a group that is not in it is gone meanwhile.
+    """
+    groups = optimizer.param_groups
+    kept = [(groups[i], groups[i]["params"], part) for i, part in parts.items()]
+    for group, _, part in kept:
+        group["params"] = part
+    optimizer.param_groups = [group for group, _, _ in kept]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, params, _ in kept:
+            group["params"] = params
+
+
+class LayerTurnstile:
+    """Two turnstiles that a replica passes with each exchange: one before it reads a layer, one before it adds to it.
+
+    Args:
+        additions: counts additions, and admits a reading.
+        readings: counts readings, and admits an addition; over the same gate.
+    """
+
+    def __init__(self, additions: Turnstile, readings: Turnstile) -> None:
+        self._additions, self._readings = additions, readings
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting so far."""
+        return self._additions.waited_s + self._readings.waited_s
+
+    def enter(self) -> None:
+        """Returns when this replica may read. Blocks for the others' additions; raises like ``Turnstile.enter``."""
+        self._additions.enter()
+
+    def has_read(self) -> None:
+        """Says that this replica has read. Does not wait."""
+        self._readings.advance()
+
+    def enter_addition(self) -> None:
+        """Returns when this replica may add. Blocks for the others' readings; raises like ``Turnstile.enter``."""
+        self._readings.enter()
+
+    def advance(self) -> None:
+        """Says that this replica has added. Does not wait."""
+        self._additions.advance()
+
+    def leave(self) -> None:
+        """See ``Turnstile.leave``."""
+        self._readings.leave()
+        self._additions.leave()
+
+    def begin_round(self, number: int) -> None:
+        """See ``Turnstile.begin_round``."""
+        self._readings.begin_round(number)
+        self._additions.begin_round(number)
+
+
+class _Layer:
+    """One layer in the course of a training step.
+
+    Attributes:
+        parts: its parameters in the optimizer's groups.
+        missing: ids of the parameters whose gradients have not come in this step.
+        has_begun: whether it has been read in this step.
+        has_stepped: whether it has been updated in this step.
+        was_called: whether its module has been called in this step.
+        is_early: whether a step begins with reading it, since the one before did not show when it is used: its
+            parameters are used by another module (as those of an attention's projection are), or it was left out.
+    """
+
+    def __init__(self, coupling: Coupling, optimizer: Optimizer) -> None:
+        self.coupling = coupling
+        self.parts = parts_of(optimizer, coupling.vector.parameters)
+        self.is_early = True
+        self.forget()
+
+    def forget(self) -> None:
+        """Makes it ready for the next step."""
+        self.missing = {id(p) for p in self.coupling.vector.parameters}
+        self.has_begun = self.has_stepped = self.was_called = False
+
+    def begin(self) -> None:
+        """Waits for its newest value and reads it, unless this step has done so."""
+        if self.has_begun:
+            return
+        self.has_begun = True
+        self.coupling.begin()
+        if isinstance(self.coupling.turnstile, LayerTurnstile):
+            self.coupling.turnstile.has_read()
+
+
+class Layerwise:
+    """The layers of a module and their hooks. Belongs to one optimizer; used from one thread at a time.
+
+    All replicas have the same layers, but each may use others of them in a step.
+
+    Args:
+        module: whose layers they are. Its own parameters are read at the begin of every step: a training step is not a
+            call of the module.
+        optimizer: the module's only one; treats parameters separately.
+        couplings: of the layers; one without parameters takes no part.
+
+    Raises:
+        ValueError: the optimizer is known to treat its parameters as one.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, couplings: Sequence[Coupling]) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "EASGDStrategy(layerwise=True) with LBFGS: a layer is updated without the others, and LBFGS steps all "
+                "parameters as one; use an optimizer that treats parameters separately, such as SGD or AdamW"
+            )
+        self._module, self._optimizer, self._couplings = module, optimizer, couplings
+        self._layers: list[_Layer] = []
+        self._handles: list[Any] = []
+        self._has_read_all = False  # in this step
+        self._update: Callable[[_Layer], None] | None = None  # what a complete layer gets; None outside of a step
+        self.attach()
+
+    def attach(self) -> None:
+        """Puts the hooks where the couplings' parameters are now. Not within a step."""
+        self.close()
+        self._layers = [_Layer(coupling, self._optimizer) for coupling in self._couplings if coupling.names]
+        owners = {id(p): layer for layer in self._layers for p in layer.coupling.vector.parameters}
+        for module in self._module.modules():
+            if module is self._module:
+                continue
+            for layer in dict.fromkeys(owners[id(p)] for p in module.parameters(recurse=False) if id(p) in owners):
+                hook = partial(self._on_call, layer)
+                # Before those that compute a weight from parameters.
+                self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        for layer in self._layers:
+            for parameter in layer.coupling.vector.parameters:
+                hook = partial(self._on_gradient, layer)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+
+    def close(self) -> None:
+        """Takes the hooks away. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def step(self, closure: Callable[[], T], *, recover: Callable[[Sequence[Tensor]], None] | None, at: int = 0) -> T:
+        """Performs one iteration of every layer, and returns what ``closure`` returns. Blocks at the layers' gates.
+
+        Args:
+            closure: forward and backward pass.
+            recover: called with a layer's parameters when its delta is not finite; see ``Coupling.step``.
+            at: what the layers' reports are marked with.
+
+        Raises:
+            RuntimeError: in the backward pass, a gradient came a second time after the layer had been updated.
+        """
+
+        def update(layer: _Layer) -> None:
+            if isinstance(layer.coupling.turnstile, LayerTurnstile):
+                layer.coupling.turnstile.enter_addition()
+            reset = None if recover is None else partial(recover, layer.coupling.vector.parameters)
+            with narrowed(self._optimizer, layer.parts):
+                layer.coupling.step(self._optimizer.step, recover=reset, at=at)
+            layer.has_stepped = True
+
+        self._update, self._has_read_all = update, False
+        try:
+            for layer in self._layers:
+                if layer.is_early:
+                    layer.begin()
+            result = closure()
+            # What this step did not use still ticks, so that nobody waits for it for good.
+            self._begin_all()
+            for layer in self._layers:
+                if not layer.has_stepped:
+                    update(layer)
+        finally:
+            self._update = None
+        for layer in self._layers:
+            layer.is_early = not layer.was_called
+            layer.forget()
+        return result
+
+    def _begin_all(self) -> None:
+        """Reads what the forward pass left out.
+
+        No replica adds before it has read all: two might wait for each other's reading of what they do not use.
+        """
+        if not self._has_read_all:
+            self._has_read_all = True
+            for layer in self._layers:
+                layer.begin()
+
+    def _on_call(self, layer: _Layer, *_: Any) -> None:
+        if self._update is not None:
+            layer.was_called = True
+            layer.begin()
+
+    def _on_gradient(self, layer: _Layer, parameter: Tensor) -> None:
+        if self._update is None:
+            return
+        if layer.has_stepped:
+            raise RuntimeError(
+                f"EASGDStrategy(layerwise=True): a gradient of {layer.coupling.names} came in two parts, and the layer "
+                "was updated with the first; training_step must call backward nowhere, and checkpoint layers that are "
+                "used twice with torch.utils.checkpoint(use_reentrant=False)"
+            )
+        layer.missing.discard(id(parameter))
+        if not layer.missing:
+            self._begin_all()
+            self._update(layer)
+
+
+def refuse_algorithm(algorithm: Algorithm, *, synchronous: bool, replica_size: int | None) -> None:
+    """Raises ``ValueError`` where layers cannot exchange one by one. Local and cheap."""
+    asked = f"EASGDStrategy({algorithm!r}, layerwise=True"
+    if synchronous:
+        raise ValueError(
+            f"{asked}): all replicas exchange all layers at once; it needs an asynchronous transport, such as "
+            "Asynchronous()"
+        )
+    if type(algorithm).begin is Algorithm.begin:
+        raise ValueError(
+            f"{asked}): a layer's newest value is read before its forward pass, and this algorithm's step does not "
+            "begin with the center; use Downpour(), MDownpour() or DynSGD(period=1)"
+        )
+    if algorithm.period != 1:
+        raise ValueError(f"{asked}): a layer is added with every backward pass; use period=1")
+    if replica_size not in (None, 1):
+        raise ValueError(
+            f"{asked}, replica_size={replica_size}): DistributedDataParallel averages gradients only after the layers "
+            "would have used them; use replica_size=1"
+        )
+
+
+def refuse_training(trainer: Any, module: Any) -> None:
+    """Raises ``ValueError`` where a Trainer or module needs all gradients before the first update.
+
+    Args:
+        trainer: a Lightning Trainer, before it trains.
+        module: its LightningModule.
+    """
+    asked = "EASGDStrategy(layerwise=True)"
+    gradients = "a layer is updated in the backward pass, when its own gradient is there and others are not"
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{asked} with manual optimization: its hooks belong to Lightning's own; use automatic optimization"
+        )
+    if trainer.gradient_clip_val or not _is_lightnings(module.configure_gradient_clipping):
+        raise ValueError(
+            f"{asked} with Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) or configure_gradient_clipping: "
+            f"{gradients}; leave clipping out"
+        )
+    schedules = (
+        callback
+        for callback in vars(trainer)["callbacks"]
+        if "GradientAccumulationScheduler" in (kind.__name__ for kind in type(callback).__mro__)
+    )
+    if trainer.accumulate_grad_batches != 1 or any(
+        schedule.going_to_accumulate_grad_batches() for schedule in schedules
+    ):
+        raise ValueError(
+            f"{asked} with Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) or "
+            "GradientAccumulationScheduler: every backward pass updates the layers; use larger batches"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"{asked} with a GradScaler (precision='16-mixed'): it skips a step for one gradient in all that is not "
+            f"finite, and {gradients}; use precision='bf16-mixed'"
+        )
+    is_compiled = getattr(module, "_compiler_ctx", None) is not None or any(
+        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
+        for part in module.modules()
+    )
+    if is_compiled:
+        raise ValueError(
+            f"{asked} with a compiled module: a compiled graph knows of no layers; leave torch.compile out"
+        )
+
+
+def _is_lightnings(method: Any) -> bool:
+    """Returns whether a method of a LightningModule is the one that it inherits."""
+    return method.__func__.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
