@@ -2,6 +2,7 @@
 
     python examples/digits.py                      # EASGD, then the same budget under DDP
     python examples/digits.py --strategy easgd_async
+    python examples/digits.py --strategy diloco    # any of the registered names, with METHODS' hyper-parameters
     python examples/digits.py --devices 1 --no-baseline --wandb off
 
 Prints the test accuracy of the center, of each replica and of DDP; writes the figures of the run, a plot of them and
@@ -12,12 +13,15 @@ import argparse
 import csv
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities import rank_zero_only
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -26,16 +30,67 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_easgd import EASGD, EASGDStrategy
+from lightning_easgd import (
+    ADAG,
+    ADMM,
+    AGN,
+    EASGD,
+    LSGD,
+    Asynchronous,
+    Downpour,
+    DynSGD,
+    EASGDStrategy,
+    EntropySGD,
+    LocalSGD,
+    MDownpour,
+    Parle,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
+class Method(NamedTuple):
+    """What a strategy's name is run with.
+
+    Attributes:
+        lr: the largest learning rate of the schedule. Methods whose center receives the replicas' *sum* take less.
+        momentum: of the module's optimizer.
+        nesterov: whether that is Nesterov's.
+        strategy: in place of the name's preset, where the paper's period is too long for these few hundred steps.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    strategy: Callable[[], EASGDStrategy] | None = None
+
+
+METHODS = {
+    "eamsgd": Method(nesterov=True),
+    "eamsgd_async": Method(nesterov=True),
+    "downpour": Method(lr=0.05, strategy=lambda: EASGDStrategy(Downpour(period=4))),
+    "mdownpour": Method(lr=0.005, momentum=0.0, strategy=lambda: EASGDStrategy(MDownpour(momentum=0.9))),
+    "agn": Method(strategy=lambda: EASGDStrategy(AGN(period=4))),
+    "adag": Method(lr=0.05, strategy=lambda: EASGDStrategy(ADAG(period=4, scale=0.05))),
+    "dynsgd": Method(lr=0.05, strategy=lambda: EASGDStrategy(DynSGD(period=4))),
+    "ssp": Method(lr=0.05, strategy=lambda: EASGDStrategy(Downpour(period=4), Asynchronous(), slack=3)),
+    "ssp_layerwise": Method(lr=0.05),
+    "local_sgd": Method(strategy=lambda: EASGDStrategy(LocalSGD(period=10))),
+    "bmuf": Method(strategy=lambda: EASGDStrategy(LocalSGD.bmuf(period=10))),
+    "slowmo": Method(lr=0.05, strategy=lambda: EASGDStrategy(LocalSGD.slowmo(period=10))),
+    "diloco": Method(lr=0.05, strategy=lambda: EASGDStrategy(LocalSGD.diloco(period=10))),
+    "lsgd": Method(strategy=lambda: EASGDStrategy(LSGD(period=4))),
+    "admm": Method(strategy=lambda: EASGDStrategy(ADMM())),
+    "parle": Method(strategy=lambda: EASGDStrategy(Parle(period=5))),
+    "entropy_sgd": Method(strategy=lambda: EASGDStrategy(EntropySGD(period=5))),
+}
+
+
 class DigitClassifier(LightningModule):
     """A small convolutional network. It knows nothing of elastic averaging."""
 
-    def __init__(self, lr: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
@@ -61,7 +116,8 @@ class DigitClassifier(LightningModule):
         self.log("test/accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9, weight_decay=5e-4)
+        lr, momentum, nesterov = self.hparams.lr, self.hparams.momentum, self.hparams.nesterov
+        optimizer = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=5e-4, nesterov=nesterov)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.lr, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -120,7 +176,8 @@ def train(
     """Trains from the seed's initial weights; returns the Trainer and the module."""
     seed_everything(args.seed, workers=True, verbose=False)
     train_set, test_set = data
-    module = DigitClassifier()
+    method = METHODS.get(args.strategy, Method())
+    module = DigitClassifier(method.lr, method.momentum, method.nesterov)
     trainer = Trainer(
         strategy=strategy,
         accelerator=args.accelerator,
@@ -180,10 +237,15 @@ def main() -> None:
         help="train once more under ddp: same initial weights, epochs, batches, learning rate",
     )
     args = parser.parse_args()
-    elastic = args.strategy.startswith("easgd")
+    elastic = args.strategy in StrategyRegistry and issubclass(
+        StrategyRegistry[args.strategy]["strategy"], EASGDStrategy
+    )
     if args.period is not None and args.strategy != "easgd":
         parser.error("--period goes with --strategy easgd")
     strategy = args.strategy if args.period is None else EASGDStrategy(EASGD(period=args.period))
+    make = METHODS.get(args.strategy, Method()).strategy
+    if make is not None:
+        strategy = make()
 
     logging.disable(logging.INFO)  # Lightning's
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # the data are in memory
@@ -204,7 +266,8 @@ def main() -> None:
             accuracies[key.removeprefix("test/")] = value.item()
     trainer.save_checkpoint(args.out / "digits.ckpt")
     if elastic and args.baseline:
-        ddp = args.strategy.replace("_async", "").replace("easgd", "ddp")
+        *_, how = args.strategy.rpartition("_")
+        ddp = f"ddp_{how}" if how in ("spawn", "fork", "notebook") else "ddp"
         _, module = train(args, ddp, data, [], [])
         accuracies[ddp] = accuracy_of(module, data[1])
     report(args, trainer, accuracies, elastic)

@@ -213,6 +213,7 @@ class Coupling:
                 raise
             observed.measured = None
             self.vector.write_(self.center.pull().value)
+            self.center.announcement[num_slots(self.center.num_replicas) :].zero_()
             self.center.abstain()
             recover()
             self.algorithm.start(self.vector, _ObservedCenter(self))
@@ -347,6 +348,7 @@ class Coupling:
             "center": center,
             "center_state": self.center.state_dict(),
             "algorithm": self.algorithm.state_dict(),
+            "told": self.center.announced[num_slots(self.center.num_replicas) :].clone(),
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -369,6 +371,7 @@ class Coupling:
         self.vector.remainder = None if remainder is None else remainder.to(self.vector.device)
         self.center.load_state_dict(state["center_state"], state["center"])
         self.algorithm.load_state_dict(state["algorithm"])
+        self.center.announced[num_slots(self.center.num_replicas) :].copy_(state["told"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
 
@@ -444,6 +447,10 @@ class _ObservedCenter:
         coupling._announce(done=False)
         coupling.center.push(delta, read_at=read_at)
 
+    def borrow(self) -> Tensor:
+        self._coupling._complete_last()
+        return self._coupling.center.borrow()
+
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         coupling = self._coupling
         coupling._complete_last()
@@ -476,6 +483,9 @@ class _Measured:
         delta = self._pending.wait()
         self._measured.update({name: square**0.5 for name, square in self._squares.items()})
         return delta
+
+    def done(self) -> None:
+        self._pending.done()
 
 
 def _row(measured: dict[str, float]) -> Tensor:

@@ -34,6 +34,7 @@ class ElasticMonitor(_Callback):
     ``easgd/force_norm``                 mean norm of what a replica adds to the center in an exchange
     ``easgd/update_norm``                mean norm of the local update of the step that exchanges
     ``easgd/force_to_update``            the first over the second
+    ``easgd/equilibrium``                the second less the first, mean: near 0 the elastic force holds the replicas
     ``easgd/exchanges``                  exchanges so far
     ``easgd/bytes_sent``                 bytes that replica 0 has sent so far
     ``easgd/exposed_s``                  seconds a replica stood still for communication so far, mean
@@ -127,6 +128,7 @@ def _figures(report: Report) -> dict[str, float]:
     figures["force_norm"] = float(mean(report.force))
     figures["update_norm"] = float(mean(report.update))
     figures["force_to_update"] = figures["force_norm"] / figures["update_norm"] if figures["update_norm"] else 0.0
+    figures["equilibrium"] = float((report.update - report.force).mean())
     figures["exchanges"] = float(report.exchange)
     figures["bytes_sent"] = float(report.bytes_sent)
     figures["exposed_s"] = float(mean(report.exposed_s))

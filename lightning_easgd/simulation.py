@@ -422,6 +422,9 @@ class _Done:
     def wait(self) -> Tensor:
         return self.delta
 
+    def done(self) -> None:
+        pass
+
 
 class _Handle:
     """A center as one replica reaches it."""
@@ -430,6 +433,7 @@ class _Handle:
         self.num_replicas = center.num_replicas
         self.replica = replica
         self._center = center
+        self._scratch: Tensor | None = None
 
     def tell(self, numbers: Sequence[float]) -> None:
         self._center.tell(self.replica, numbers)
@@ -442,6 +446,11 @@ class _Handle:
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
         self._center.push(self.replica, delta, read_at)
+
+    def borrow(self) -> Tensor:
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self._center.value)
+        return self._scratch
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
@@ -645,6 +654,7 @@ class _Link:
         self._simulation = simulation
         self._numbers: Sequence[float] = ()  # told with each push
         self._center = simulation.center
+        self._scratch: Tensor | None = None
         self._local_update = local_update
 
     def local_update(self) -> None:
@@ -674,6 +684,11 @@ class _Link:
 
     def _refuse(self, what: str, attribute: str) -> NoReturn:
         raise RuntimeError(f"replica {self.replica} {what}; its algorithm must say so: {attribute}")
+
+    def borrow(self) -> Tensor:
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self._center.value)
+        return self._scratch
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
@@ -1071,6 +1086,7 @@ class LockStep:
         self.clock = 0
         self.rule = algorithm.rule(num_replicas) if rule is None else rule
         self._memory = [torch.zeros_like(self.center) for _ in range(self.rule.num_vectors)]
+        self._scratch: Tensor | None = None
         self._vector = Vector(self.replicas)
         generator = torch.Generator().manual_seed(seed)
         self._update = _descent(algorithm, objective, self.replicas, lr, optimizer, generator)
@@ -1107,6 +1123,12 @@ class LockStep:
         weight = self.rule.weight(self.clock - read_at)
         self.rule.apply_(self.center, (delta * weight).sum(0), *self._memory)
         self.clock += self.num_replicas
+
+    def borrow(self) -> Tensor:
+        """Lends (p, d) memory, for the algorithm."""
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self.replicas)
+        return self._scratch
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         """Pulls, computes and pushes for all replicas."""

@@ -638,7 +638,7 @@ def _monitor(replica: int, folder: str) -> Any:
 
 
 KEYS = ("consensus_distance", "consensus_distance_max", "consensus_distance_relative", "force_norm", "update_norm",
-        "force_to_update", "exchanges", "bytes_sent", "exposed_s", "hidden_s")  # fmt: skip
+        "force_to_update", "equilibrium", "exchanges", "bytes_sent", "exposed_s", "hidden_s")  # fmt: skip
 
 
 def test_the_monitor_comes_by_itself_and_logs(tmp_path):

@@ -42,7 +42,11 @@ class Exchange(Protocol):
     """An exchange that may still be going on."""
 
     def wait(self) -> Tensor:
-        """Returns the delta, (d,), in the caller's own tensor. Blocks until it is computed; call it once."""
+        """Returns the delta, (d,), in the tensor that was exchanged. Blocks until it is computed; call it once."""
+        ...
+
+    def done(self) -> None:
+        """Gives a borrowed vector back: after it the delta must not be read. The center's next operation implies it."""
         ...
 
 
@@ -78,6 +82,13 @@ class Center(Protocol):
         Args:
             delta: (d,) in the center's dtype and on its device. The caller's again on return.
             read_at: the clock of the snapshot that ``delta`` was computed from.
+        """
+        ...
+
+    def borrow(self) -> Tensor:
+        """Completes what is outstanding and lends (d,) memory, its content undefined, for the x of an ``exchange``.
+
+        A center that has to have such memory anyway lends its own; any other tensor will do as well.
         """
         ...
 
@@ -196,7 +207,7 @@ class Algorithm(ABC):
         return None
 
     def observe_loss(self, loss: Tensor) -> None:
-        """Hears of a mini-batch's training loss, a number, within the local update; only where ``needs_loss``."""
+        """Hears of a mini-batch's training loss, a number, before or within the local update, where ``needs_loss``."""
         del loss
 
     @abstractmethod

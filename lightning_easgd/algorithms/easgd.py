@@ -63,8 +63,9 @@ class EASGD(Algorithm):
 
     Reductions: ``moving_rate=0`` is ``num_replicas`` independent runs; one replica with ``period=1, center_rate=1,
     moving_rate=-m`` is heavy-ball momentum m. Its effective step size is set by the center rate and does not grow with
-    the number of replicas. Extra memory: the force, one vector of the parameters' size; in Gauss-Seidel order a second,
-    the center that was pulled; with early exchange two more, and two passes and two norms more in every step.
+    the number of replicas. Extra memory: the force, one vector of the parameters' size, which is the message where the
+    center lends its own (``AllReduce``); in Gauss-Seidel order two, with early exchange three, and then two passes and
+    two norms more in every step.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class EASGD(Algorithm):
         if early_exchange and order != "jacobi":
             raise ValueError(f"EASGD(early_exchange=True, order={order!r}): order must be 'jacobi'")
         if margin is not None and (math.isnan(margin) or not early_exchange):
-            raise ValueError(f"EASGD(early_exchange={early_exchange}, margin={margin!r}): must be True and a number")
+            given = f"EASGD(early_exchange={early_exchange}, margin={margin!r})"
+            raise ValueError(f"{given}: margin must be a number and goes with early_exchange=True, or None")
         self.period = period
         self.moving_rate = moving_rate
         self.center_rate = center_rate
@@ -194,7 +196,7 @@ class EASGD(Algorithm):
             # beta = p alpha unless both are given, but p alpha / p is not alpha in floating point.
             apart = self.moving_rate is not None and self.center_rate is not None
             gain = beta / center.num_replicas if apart else alpha
-            x = self._buffer = replica.read(out=self._buffer)  # before anything moves
+            x = replica.read(out=center.borrow() if equilibrium is None else self._buffer)  # before anything moves
             pending = center.exchange(x, displacement_, scale=gain)  # c <- c + alpha (x - c)
         if equilibrium is None:
             local_update()  # x <- x - eta g(x), at the x before the elastic move; the exchange goes on beside it
@@ -203,7 +205,9 @@ class EASGD(Algorithm):
         if exchange:
             replica.add_(pending.wait(), alpha=-alpha)  # x <- x - alpha (x_t - c_t)
             if equilibrium is not None:
+                self._buffer = x
                 equilibrium.reads(x)
+            pending.done()
         if equilibrium is not None and equilibrium.holds(self.rates(center.num_replicas)[0]):
             self._due_at = self.clock + 1
         self.clock += 1
@@ -241,11 +245,11 @@ class EASGD(Algorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        if self._equilibrium is not None:
+        if self._equilibrium is not None and "due_at" in state:
             self._due_at = int(state["due_at"])
             self._equilibrium.load_state_dict(state)
             self._buffer = None if state["anchor"] is None else torch.empty_like(state["anchor"])
-        elif "anchor" in state:
+        elif "read_at" in state:
             self._anchor, self._read_at = state["anchor"].clone(), int(state["read_at"])
 
     def __repr__(self) -> str:

@@ -351,6 +351,9 @@ class _PendingExchange:
         self.error: Exception | None = None
         self._center = center
 
+    def done(self) -> None:
+        """Does nothing: the delta is the caller's own."""
+
     def wait(self) -> Tensor:
         if self._center._pending is self:
             self._center._settle(lambda: None, self._center._timeout)

@@ -77,6 +77,9 @@ class Completed:
         """Returns the delta at once."""
         return self._delta
 
+    def done(self) -> None:
+        """Does nothing: the delta is the caller's own."""
+
 
 class OpenCenter(ABC):
     """The center as one replica reaches it, from ``Transport.open`` to ``close``. Use from one thread.
@@ -104,6 +107,7 @@ class OpenCenter(ABC):
         self.announced = torch.zeros(num_slots, dtype=dtype)
         self.traffic = Traffic()
         self.measures_drift = False
+        self._lent: Tensor | None = None
 
     @property
     @abstractmethod
@@ -135,6 +139,12 @@ class OpenCenter(ABC):
             NonFiniteDeltaError: ``delta`` is refused; nothing was sent, ``abstain`` may be called instead.
             TransportError: an exchange that was outstanding could not be completed.
         """
+
+    def borrow(self) -> Tensor:
+        """Lends (d,) memory for the x of an exchange; see ``Center.borrow``. Here one vector more, kept for the next."""
+        if self._lent is None:
+            self._lent = torch.empty_like(self.value)
+        return self._lent
 
     @abstractmethod
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:

@@ -748,6 +748,9 @@ class _Pending:
     def __init__(self, center: _DistantCenter, work: _Work, x: Tensor) -> None:
         self._center, self._work, self._x = center, work, x
 
+    def done(self) -> None:
+        """Does nothing: the delta is the caller's own."""
+
     def wait(self) -> Tensor:
         if self._center._work is self._work:
             self._center._settle(self._center._timeout)

@@ -599,6 +599,9 @@ class _PendingExchange:
     def __init__(self, center: SharedCenter, work: _DeviceExchange) -> None:
         self._center, self._work = center, work
 
+    def done(self) -> None:
+        """Does nothing: the delta is the caller's own."""
+
     def wait(self) -> Tensor:
         if self._center._device_work is self._work:
             self._center.drain()

@@ -142,6 +142,22 @@ def test_it_goes_on_from_its_state_to_the_last_bit(at):
     assert not torch.equal(without, never)  # it did exchange early
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_it_may_be_switched_on_or_off_at_a_restart(early):
+    before, after = EASGD(4, early_exchange=not early), EASGD(4, early_exchange=early)
+    parameter = torch.nn.Parameter(torch.ones(1, dtype=F64))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    (replica,) = vectors([1.0])
+    for algorithm in (before, after):
+        algorithm.bind(optimizer, [parameter])
+    center = run_synchronous([before], [replica], quadratic_steps([replica], 0.1), 6)
+    after.start(replica, center.handles[0])
+    after.load_state_dict(before.state_dict())
+    assert after.clock == 6
+    assert after.is_due == early  # it must read the center before it can do without
+    assert after.state_dict().keys() == after.__class__(4, early_exchange=early).state_dict().keys()
+
+
 def test_copies_decide_alike():
     algorithm = EASGD(100, 0.4, early_exchange=True, margin=0.0)
     other = pickle.loads(pickle.dumps(copy.deepcopy(algorithm)))
@@ -179,8 +195,11 @@ def test_a_margin_is_bound_or_given():
     ("arguments", "text"),
     [
         ({"early_exchange": True, "order": "gauss_seidel"}, "EASGD(early_exchange=True, order='gauss_seidel'): order"),
-        ({"margin": 0.1}, "EASGD(early_exchange=False, margin=0.1): must be True and a number"),
-        ({"early_exchange": True, "margin": math.nan}, "EASGD(early_exchange=True, margin=nan): must be True and"),
+        ({"margin": 0.1}, "EASGD(early_exchange=False, margin=0.1): margin must be a number and goes"),
+        (
+            {"early_exchange": True, "margin": math.nan},
+            "EASGD(early_exchange=True, margin=nan): margin must be a number",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, text):

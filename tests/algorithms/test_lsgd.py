@@ -407,7 +407,7 @@ def test_it_needs_replicas_that_can_be_told_apart_and_meet():
         MultiplicativeNoise(1.0, 0.5),
         Loss(lambda x, g: (torch.randn(x.shape, dtype=F64, generator=g) * x + x.cos()).sum(-1)),
     ],
-    ids=repr,
+    ids=lambda objective: type(objective).__name__,
 )
 def test_the_gradient_is_that_of_the_loss(objective):
     x = torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
