@@ -2,6 +2,7 @@
 # make test    sets up a virtual environment and runs lint, types and the tests
 # make check   lint and types only
 # make fix     sorts imports, repairs what ruff can repair, formats
+# make bench   a step's cost beside the peers: benchmarks/peers.py
 # make clean   removes caches and build outputs; the next command installs again
 #
 # Variables, e.g. `make test PYTEST_ARGS="-q tests/test_strategy.py"`:
@@ -9,6 +10,7 @@
 #   VENV         where the virtual environment is
 #   PYTEST_ARGS  arguments of pytest; -n is in how many processes, each of whose tests may have two or three more
 #   DEMO_ARGS    arguments of examples/digits.py
+#   BENCH_ARGS   arguments of benchmarks/peers.py
 #   TORCH_ARGS   arguments of pip where it installs torch. The wheel that PyPI has for Linux brings CUDA, some gigabytes;
 #                without a GPU: TORCH_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -16,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -q -n 2
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -26,7 +29,7 @@ PIP := $(BIN)/python -m pip
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: demo test check fix clean
+.PHONY: demo test check fix bench clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.stamp-demo
@@ -39,6 +42,9 @@ check: $(VENV)/.stamp-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
 fix: $(VENV)/.stamp-test
 	$(BIN)/python -m ruff check --fix .
@@ -65,4 +71,8 @@ $(VENV)/.stamp-demo: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 
 $(VENV)/.stamp-test: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	$(PIP) install -e ".[dev,examples]"
+	@touch $@
+
+$(VENV)/.stamp-bench: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	$(PIP) install -e ".[dev,examples,bench]"
 	@touch $@

@@ -100,8 +100,7 @@ class Training:
 
 def run(rounds: int) -> dict[str, dict[str, dict[str, list[float]]]]:
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
-    works: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {"cnn": (cnn, (1, 28, 28)), "mlp": (mlp, (784,))}
-    for work, (make, shape) in works.items():
+    for work, make, shape in (("cnn", cnn, (1, 28, 28)), ("mlp", mlp, (784,))):
         trainings = {name: Training(make, shape, algorithm()) for name, algorithm in METHODS.items()}
         trainings = {"local": Training(make, shape, None), **trainings}
         numel = sum(p.numel() for p in trainings["local"].model.parameters())

@@ -69,17 +69,17 @@ class Method(NamedTuple):
 METHODS = {
     "eamsgd": Method(nesterov=True),
     "eamsgd_async": Method(nesterov=True),
-    "downpour": Method(lr=0.05, strategy=lambda: EASGDStrategy(Downpour(period=4))),
-    "mdownpour": Method(lr=0.005, momentum=0.0, strategy=lambda: EASGDStrategy(MDownpour(momentum=0.9))),
-    "agn": Method(strategy=lambda: EASGDStrategy(AGN(period=4))),
-    "adag": Method(lr=0.05, strategy=lambda: EASGDStrategy(ADAG(period=4, scale=0.05))),
-    "dynsgd": Method(lr=0.05, strategy=lambda: EASGDStrategy(DynSGD(period=4))),
+    "downpour": Method(lr=0.05, strategy=lambda: EASGDStrategy(Downpour(period=4), Asynchronous())),
+    "mdownpour": Method(lr=0.02, momentum=0.0, strategy=lambda: EASGDStrategy(MDownpour(momentum=0.9), Asynchronous())),
+    "agn": Method(strategy=lambda: EASGDStrategy(AGN(period=4), Asynchronous())),
+    "adag": Method(lr=0.05, strategy=lambda: EASGDStrategy(ADAG(period=4, scale=0.05), Asynchronous())),
+    "dynsgd": Method(lr=0.05, strategy=lambda: EASGDStrategy(DynSGD(period=4), Asynchronous())),
     "ssp": Method(lr=0.05, strategy=lambda: EASGDStrategy(Downpour(period=4), Asynchronous(), slack=3)),
     "ssp_layerwise": Method(lr=0.05),
     "local_sgd": Method(strategy=lambda: EASGDStrategy(LocalSGD(period=10))),
     "bmuf": Method(strategy=lambda: EASGDStrategy(LocalSGD.bmuf(period=10))),
-    "slowmo": Method(lr=0.05, strategy=lambda: EASGDStrategy(LocalSGD.slowmo(period=10))),
-    "diloco": Method(lr=0.05, strategy=lambda: EASGDStrategy(LocalSGD.diloco(period=10))),
+    "slowmo": Method(lr=0.05, strategy=lambda: EASGDStrategy(LocalSGD.slowmo(period=5))),
+    "diloco": Method(lr=0.02, strategy=lambda: EASGDStrategy(LocalSGD.diloco(period=5))),
     "lsgd": Method(strategy=lambda: EASGDStrategy(LSGD(period=4))),
     "admm": Method(strategy=lambda: EASGDStrategy(ADMM())),
     "parle": Method(strategy=lambda: EASGDStrategy(Parle(period=5))),
@@ -119,7 +119,8 @@ class DigitClassifier(LightningModule):
         lr, momentum, nesterov = self.hparams.lr, self.hparams.momentum, self.hparams.nesterov
         optimizer = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=5e-4, nesterov=nesterov)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.lr, total_steps=steps)
+        cycle = {"total_steps": steps, "cycle_momentum": momentum > 0}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, **cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -56,8 +56,8 @@ def parts_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[int, li
 def narrowed(optimizer: Optimizer, parts: Mapping[int, list[Tensor]]) -> Iterator[None]:
     """Leaves the optimizer with some of its parameters alone, and then puts the others back.
 
-    A step meanwhile is the whole step's part for these, where an optimizer treats parameters separately, as those of
-    ``torch.optim`` but LBFGS do. Their state stays where it is.
+    A step meanwhile is the whole step's part for these where an optimizer treats parameters separately and keeps what
+    it remembers, step counts included, with each: all of ``torch.optim`` but LBFGS do. Their state stays where it is.
 
     Args:
         optimizer: torch's own, not a wrapper.

@@ -588,10 +588,12 @@ class ElasticStrategy(_DDPStrategy):
         One that joins (thawed by BackboneFinetuning, say) has the replicas' mean as its center; one that leaves is set
         to its center. All replicas call it at the same point; collective where something has changed.
         """
+        has_changed = False
         for index, (optimizer, parameters) in enumerate(self._coupled_parameters()):
             coupling = self.couplings[index]
             if list(parameters) == coupling.names:
                 continue
+            has_changed = True
             self._meet("the start of an epoch")
             center = dict(zip(coupling.names, coupling.vector.views(coupling.center.value), strict=True))
             for name, parameter in zip(coupling.names, coupling.vector.parameters, strict=True):
@@ -611,6 +613,11 @@ class ElasticStrategy(_DDPStrategy):
             coupling.rebind(list(parameters), vector, opened, initial)
             if self._layerwise is not None:
                 self._layerwise.attach()
+        if has_changed and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            # It averages the gradients of what was trainable when it was made.
+            self.model.reducer._remove_autograd_hooks()
+            with torch.enable_grad():
+                self.model = self._setup_model(self._module)
 
     @property
     def _module(self) -> "LightningModule":

@@ -144,7 +144,7 @@ def test_callbacks_and_logs_that_are_collectives_elsewhere_never_wait(tmp_path, 
     assert at_end["lightning_easgd"]["num_replicas"] == 2
     # Replica 1 has made other steps, but its file belongs to replica 0's checkpoint.
     save = at_end["lightning_easgd"]["save"]
-    assert ReplicaFile(one["path"], save, 1).read()["lightning"]["global_step"] % 13 == 0
+    assert ReplicaFile(one["path"], save, "1").read()["lightning"]["global_step"] % 13 == 0
     if logger == "csv":
         [log] = tmp_path.rglob("metrics.csv")
         rows = list(csv.DictReader(log.read_text().splitlines()))

@@ -387,16 +387,10 @@ def test_a_layer_that_is_thawed_joins_with_a_center_of_its_own():
     assert one["center"].tolist() == two["center"].tolist() == [8008, 16016, 16016]
 
 
-def _resume(replica: int, folder: str, path: str | None, layerwise: bool = True) -> dict[str, Any]:
+def _resume(replica: int, folder: str, path: str | None, num_replicas: int = 2) -> dict[str, Any]:
     saving = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    return _fit(
-        replica,
-        strategy(slack=0, layerwise=layerwise),
-        callbacks=[saving],
-        enable_checkpointing=True,
-        max_epochs=3,
-        ckpt_path=path,
-    )
+    options = {"callbacks": [saving], "enable_checkpointing": True, "max_epochs": 3}
+    return _fit(replica, strategy(slack=0), num_replicas=num_replicas, ckpt_path=path, **options)
 
 
 def test_a_run_resumes_at_the_end_of_an_epoch(tmp_path):
@@ -406,6 +400,16 @@ def test_a_run_resumes_at_the_end_of_an_epoch(tmp_path):
     assert resumed[0]["steps"] == whole[0]["steps"] == 24
     torch.testing.assert_close(resumed[0]["center"], whole[0]["center"], rtol=0, atol=1e-6)
     assert torch.equal(resumed[0]["center"], resumed[1]["center"])
+
+
+def _change(replica: int, folder: str) -> None:
+    _resume(replica, folder, None, num_replicas=1)
+    with pytest.warns(UserWarning, match=r"from the center of .*\(it has .*, layer by layer\)"):
+        _fit(replica, strategy(layerwise=False), ckpt_path=f"{folder}/epoch=0.ckpt", num_replicas=1)
+
+
+def test_without_layers_it_resumes_from_the_center(tmp_path):
+    run_replicas(_change, 1, str(tmp_path))
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------

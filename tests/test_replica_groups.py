@@ -130,6 +130,35 @@ def test_an_asynchronous_replica_of_two_ranks_exchanges_as_one():
     assert _equal(ranks[0]["center"], ranks[3]["center"])
 
 
+class _Thaws(modules.pytorch_lightning.Callback):
+    """The first layer is frozen in epoch 0 and joins in epoch 1."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.net[0].requires_grad_(True)
+
+
+def _thawed(rank: int) -> Any:
+    keeps = Keeps()
+    strategy = EASGDStrategy(EASGD(period=PERIOD), replica_size=2)
+    t = trainer(strategy=strategy, devices=4, callbacks=[_Thaws(), keeps], max_epochs=4)
+    module = Regression()
+    start = module.net[0].weight.detach().clone()
+    t.fit(module, loader())
+    return keeps.replica, not torch.equal(start, keeps.replica["net.0.weight"])
+
+
+def test_a_layer_that_is_thawed_is_averaged_inside_the_replica_too():
+    ranks = run_replicas(_thawed, 4)
+    assert all(moved for _, moved in ranks)
+    assert _equal(ranks[0][0], ranks[1][0])
+    assert _equal(ranks[2][0], ranks[3][0])
+    assert not _equal(ranks[0][0], ranks[2][0])
+
+
 class _Sends(modules.pytorch_lightning.Callback):
     """Sends one rank the signal to stop, once, in the middle of an epoch."""
 

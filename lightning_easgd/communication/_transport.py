@@ -141,7 +141,7 @@ class OpenCenter(ABC):
         """
 
     def borrow(self) -> Tensor:
-        """Lends (d,) memory for the x of an exchange; see ``Center.borrow``. Here one vector more, kept for the next."""
+        """Lends (d,) memory for the x of an exchange; see ``Center.borrow``. Here it is a vector more, kept."""
         if self._lent is None:
             self._lent = torch.empty_like(self.value)
         return self._lent
