@@ -38,22 +38,11 @@ from lightning_easgd._free_running import (
 )
 from lightning_easgd._layerwise import LayerTurnstile, Layerwise, by_layer, refuse_algorithm, refuse_training
 from lightning_easgd._members import Layout, Members, SharedTurnstile
+from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd.algorithms import (
-    ADAG,
-    ADMM,
-    AGN,
-    EAMSGD,
     EASGD,
-    LSGD,
     Algorithm,
-    Downpour,
-    DynSGD,
-    ElasticSGD,
-    EntropySGD,
-    LocalSGD,
-    MDownpour,
-    Parle,
 )
 from lightning_easgd.averages import CenterAverage
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
@@ -1377,33 +1366,7 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Registers each name and, as for DDP's names, its forms by start method."""
-        apart, together = {"transport": Asynchronous()}, {"transport": AllReduce()}
-        presets: dict[str, tuple[str, dict[str, Any]]] = {
-            "easgd": ("Synchronous elastic averaging SGD", together),
-            "easgd_async": ("Asynchronous elastic averaging SGD", apart),
-            "eamsgd": ("Synchronous EAMSGD", {"algorithm": EAMSGD(), **together}),
-            "eamsgd_async": ("Asynchronous EAMSGD", {"algorithm": EAMSGD(), **apart}),
-            "downpour": ("DOWNPOUR", {"algorithm": Downpour(), **apart}),
-            "mdownpour": ("MDOWNPOUR", {"algorithm": MDownpour(), **apart}),
-            "agn": ("Accumulated gradient normalization", {"algorithm": AGN(), **apart}),
-            "adag": ("ADAG", {"algorithm": ADAG(), **apart}),
-            "dynsgd": ("DynSGD", {"algorithm": DynSGD(), **apart}),
-            "ssp": ("Stale synchronous parallel SGD", {"algorithm": Downpour(), "slack": 3, **apart}),
-            "ssp_layerwise": (
-                "Layerwise stale synchronous parallel SGD",
-                {"algorithm": Downpour(), "slack": 3, "layerwise": True, **apart},
-            ),
-            "local_sgd": ("Local SGD", {"algorithm": LocalSGD(), **together}),
-            "bmuf": ("BMUF", {"algorithm": LocalSGD.bmuf(), **together}),
-            "slowmo": ("SlowMo", {"algorithm": LocalSGD.slowmo(), **together}),
-            "diloco": ("DiLoCo", {"algorithm": LocalSGD.diloco(), **together}),
-            "lsgd": ("Leader SGD", {"algorithm": LSGD(), **together}),
-            "admm": ("Linearized ADMM", {"algorithm": ADMM(), **together}),
-            "parle": ("Parle", {"algorithm": Parle(), **together}),
-            "entropy_sgd": ("Entropy-SGD", {"algorithm": EntropySGD(), **together}),
-            "elastic_sgd": ("Elastic-SGD", {"algorithm": ElasticSGD(), **together}),
-        }
-        for name, (description, arguments) in presets.items():
+        for name, (description, arguments) in presets().items():
             for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
                 strategy_registry.register(
                     f"{name}{suffix}",
