@@ -92,6 +92,14 @@ class Passage(Protocol):
         """Returns when the gate admits this replica's next exchange. Blocks for other replicas."""
         ...
 
+    def has_read(self) -> None:
+        """Says that this replica has read the center for that exchange. Does not wait."""
+        ...
+
+    def enter_addition(self) -> None:
+        """Returns when it may add to the center, after ``has_read``. Blocks for other replicas."""
+        ...
+
     def advance(self) -> None:
         """Says that this replica has completed an exchange. Does not wait."""
         ...
@@ -173,13 +181,13 @@ class Coupling:
 
         Nobody has to call it, since ``step`` does what was not done. Once called it has no effect until that step.
         """
-        self._enter()
-        self.algorithm.begin(self.vector, _ObservedCenter(self))
-
-    def _enter(self) -> None:
-        if self.turnstile is not None and self.algorithm.is_due and not self._has_entered:
+        passes = self.turnstile is not None and self.algorithm.is_due and not self._has_entered
+        if self.turnstile is not None and passes:
             self.turnstile.enter()
             self._has_entered = True
+        self.algorithm.begin(self.vector, _ObservedCenter(self))
+        if self.turnstile is not None and passes:
+            self.turnstile.has_read()
 
     def step(self, local_update: Callable[[], None], *, recover: Callable[[], None] | None, at: int = 0) -> None:
         """Performs one iteration of the algorithm.
@@ -192,7 +200,7 @@ class Coupling:
         """
         self._at = at
         is_ending = self.algorithm.is_ending
-        self._enter()
+        self.begin()
         called = False
 
         def update() -> None:
@@ -204,6 +212,8 @@ class Coupling:
                 observed.measured["update"] = self.vector.distance(before)
             else:
                 local_update()
+            if self.turnstile is not None and is_ending:
+                self.turnstile.enter_addition()
 
         observed = _ObservedCenter(self)
         try:

@@ -22,9 +22,8 @@ from torch.optim import Optimizer
 
 from lightning_easgd._coupling import Coupling
 from lightning_easgd.algorithms import Algorithm
-from lightning_easgd.communication._turnstile import Turnstile
 
-__all__ = ["LayerTurnstile", "Layerwise", "by_layer", "narrowed", "parts_of", "refuse_algorithm", "refuse_training"]
+__all__ = ["Layerwise", "by_layer", "narrowed", "parts_of", "refuse_algorithm", "refuse_training"]
 
 T = TypeVar("T")
 
@@ -76,49 +75,6 @@ def narrowed(optimizer: Optimizer, parts: Mapping[int, list[Tensor]]) -> Iterato
             group["params"] = params
 
 
-class LayerTurnstile:
-    """Two turnstiles that a replica passes with each exchange: one before it reads a layer, one before it adds to it.
-
-    Args:
-        additions: counts additions, and admits a reading.
-        readings: counts readings, and admits an addition; over the same gate.
-    """
-
-    def __init__(self, additions: Turnstile, readings: Turnstile) -> None:
-        self._additions, self._readings = additions, readings
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds spent waiting so far."""
-        return self._additions.waited_s + self._readings.waited_s
-
-    def enter(self) -> None:
-        """Returns when this replica may read. Blocks for the others' additions; raises like ``Turnstile.enter``."""
-        self._additions.enter()
-
-    def has_read(self) -> None:
-        """Says that this replica has read. Does not wait."""
-        self._readings.advance()
-
-    def enter_addition(self) -> None:
-        """Returns when this replica may add. Blocks for the others' readings; raises like ``Turnstile.enter``."""
-        self._readings.enter()
-
-    def advance(self) -> None:
-        """Says that this replica has added. Does not wait."""
-        self._additions.advance()
-
-    def leave(self) -> None:
-        """See ``Turnstile.leave``."""
-        self._readings.leave()
-        self._additions.leave()
-
-    def begin_round(self, number: int) -> None:
-        """See ``Turnstile.begin_round``."""
-        self._readings.begin_round(number)
-        self._additions.begin_round(number)
-
-
 class _Layer:
     """One layer in the course of a training step.
 
@@ -149,8 +105,6 @@ class _Layer:
             return
         self.has_begun = True
         self.coupling.begin()
-        if isinstance(self.coupling.turnstile, LayerTurnstile):
-            self.coupling.turnstile.has_read()
 
 
 class Layerwise:
@@ -218,8 +172,6 @@ class Layerwise:
         """
 
         def update(layer: _Layer) -> None:
-            if isinstance(layer.coupling.turnstile, LayerTurnstile):
-                layer.coupling.turnstile.enter_addition()
             reset = None if recover is None else partial(recover, layer.coupling.vector.parameters)
             with narrowed(self._optimizer, layer.parts):
                 layer.coupling.step(self._optimizer.step, recover=reset, at=at)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_easgd.communication import OpenCenter
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, Work, new_group
 from lightning_easgd.communication._slices import open_sliced
-from lightning_easgd.communication._turnstile import Turnstile
+from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 
 __all__ = ["Layout", "Members", "SharedTurnstile"]
 
@@ -172,7 +172,7 @@ class SharedTurnstile:
         waited_s: seconds spent waiting so far.
     """
 
-    def __init__(self, turnstile: Turnstile, members: Members) -> None:
+    def __init__(self, turnstile: Turnstile | DoubleTurnstile, members: Members) -> None:
         self._turnstile, self._members = turnstile, members
 
     @property
@@ -184,6 +184,17 @@ class SharedTurnstile:
         """See ``Turnstile.enter``."""
         if self._members.index == 0:
             self._turnstile.enter()
+        self._members.wait()
+
+    def has_read(self) -> None:
+        """See ``Turnstile.has_read``."""
+        if self._members.index == 0:
+            self._turnstile.has_read()
+
+    def enter_addition(self) -> None:
+        """See ``Turnstile.enter_addition``."""
+        if self._members.index == 0:
+            self._turnstile.enter_addition()
         self._members.wait()
 
     def advance(self) -> None:

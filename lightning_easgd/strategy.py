@@ -36,7 +36,7 @@ from lightning_easgd._free_running import (
     FreeRunning,
     StoppedByAnother,
 )
-from lightning_easgd._layerwise import LayerTurnstile, Layerwise, by_layer, refuse_algorithm, refuse_training
+from lightning_easgd._layerwise import Layerwise, by_layer, refuse_algorithm, refuse_training
 from lightning_easgd._members import Layout, Members, SharedTurnstile
 from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
@@ -49,7 +49,7 @@ from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_s
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
-from lightning_easgd.communication._turnstile import Turnstile
+from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
 from lightning_easgd.gates import Gate, StaleSynchronous
 from lightning_easgd.sampling import set_epoch
@@ -545,9 +545,12 @@ class ElasticStrategy(_DDPStrategy):
             timeout=self._wait,
             check=self._rendezvous.raise_if_failed,
         )
-        turnstile = open_one(PrefixStore(name, self._rendezvous.store))
-        if self.layerwise:
-            return LayerTurnstile(turnstile, open_one(PrefixStore(f"{name}/readings", self._rendezvous.store)))
+        turnstile: Turnstile | DoubleTurnstile
+        turnstile = additions = open_one(PrefixStore(name, self._rendezvous.store))
+        # Where a step begins with reading and ends with adding, the gate is for both.
+        if isinstance(gate, StaleSynchronous) and type(self.algorithm).begin is not Algorithm.begin:
+            readings = open_one(PrefixStore(f"{name}/readings", self._rendezvous.store))
+            turnstile = DoubleTurnstile(additions, readings)
         return SharedTurnstile(turnstile, self._members) if self._members.size > 1 else turnstile
 
     def _open_center(self, name: str, initial: Tensor) -> OpenCenter:

@@ -325,9 +325,12 @@ def test_what_a_replica_reads_of_each_layer(slack):
     assert min(leads) == -slack
 
 
-def test_without_slack_it_is_synchronous_descent_on_summed_updates():
-    layerwise = run_replicas(_fit, 2, strategy(slack=0), Deep, 2, 0)
-    summed = run_replicas(_fit, 2, EASGDStrategy(Downpour()))
+@pytest.mark.parametrize(("whole", "period"), [(False, 1), (True, 1), (True, 3)])
+def test_without_slack_it_is_synchronous_descent_on_summed_updates(whole, period):
+    """Layer by layer and all at once, with one replica slow; over 2 epochs that are no multiple of the period."""
+    without = EASGDStrategy(Downpour(period), Asynchronous(), slack=0, layerwise=not whole)
+    layerwise = run_replicas(_fit, 2, without, Deep, 2, 0)
+    summed = run_replicas(_fit, 2, EASGDStrategy(Downpour(period)))
     assert torch.equal(layerwise[0]["center"], layerwise[1]["center"])
     assert torch.equal(layerwise[0]["center"], layerwise[0]["module"])
     torch.testing.assert_close(layerwise[0]["center"], summed[0]["center"], rtol=0, atol=1e-6)

@@ -9,7 +9,7 @@ from lightning_easgd.communication._c10d import PrefixStore, Store
 from lightning_easgd.communication._transport import TransportError
 from lightning_easgd.gates import Gate
 
-__all__ = ["Turnstile"]
+__all__ = ["DoubleTurnstile", "Turnstile"]
 
 _SHORTEST_S, _LONGEST_S = 0.0005, 0.05
 
@@ -85,6 +85,12 @@ class Turnstile:
         finally:
             self.waited_s += time.monotonic() - began
 
+    def has_read(self) -> None:
+        """Does nothing: reading and adding are one here."""
+
+    def enter_addition(self) -> None:
+        """Does nothing: who may read may add."""
+
     def advance(self) -> None:
         """Says that this replica has completed an exchange. Does not wait."""
         self._clocks[self._replica] += 1
@@ -104,6 +110,58 @@ class Turnstile:
             return
         for replica, clock in zip(others, self._round.multi_get([_key(r) for r in others]), strict=True):
             self._clocks[replica] = float(clock)
+
+
+class DoubleTurnstile:
+    """Two turnstiles that a replica passes with each exchange: one before it reads, one before it adds.
+
+    With the first alone a slow replica may read what a fast one has added in the step that both are in: with slack 0
+    that would be no lock-step.
+
+    Args:
+        additions: counts additions, and admits a reading.
+        readings: counts readings, and admits an addition; over the same gate.
+    """
+
+    def __init__(self, additions: Turnstile, readings: Turnstile) -> None:
+        self._additions, self._readings = additions, readings
+        self._has_read = False  # and not added since, in this round
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting so far."""
+        return self._additions.waited_s + self._readings.waited_s
+
+    def enter(self) -> None:
+        """Returns when this replica may read. Blocks for the others' additions; raises like ``Turnstile.enter``."""
+        self._additions.enter()
+
+    def has_read(self) -> None:
+        """Says that this replica has read. Does not wait."""
+        self._has_read = True
+        self._readings.advance()
+
+    def enter_addition(self) -> None:
+        """Returns when this replica may add. Blocks for the others' readings; raises like ``Turnstile.enter``."""
+        if not self._has_read:  # in this round, which has begun in the middle of its period
+            self.has_read()
+        self._readings.enter()
+
+    def advance(self) -> None:
+        """Says that this replica has added. Does not wait."""
+        self._has_read = False
+        self._additions.advance()
+
+    def leave(self) -> None:
+        """See ``Turnstile.leave``."""
+        self._readings.leave()
+        self._additions.leave()
+
+    def begin_round(self, number: int) -> None:
+        """See ``Turnstile.begin_round``."""
+        self._has_read = False
+        self._readings.begin_round(number)
+        self._additions.begin_round(number)
 
 
 def _key(replica: int) -> str:
