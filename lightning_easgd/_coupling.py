@@ -284,7 +284,7 @@ class Coupling:
 
     def _follow_center(self) -> None:
         if self.average is not None:
-            self.average.update(self.center.value, self.center.clock)
+            self.average.update(self.center.value, self.center.additions)
 
     def _complete_last(self) -> None:
         if self.center.synchronous:

@@ -77,9 +77,10 @@ class Members:
         self._group = self._control = None
         self._work: Work | None = None
         self._raised = torch.zeros(0)
+        self._confined: list[nn.SyncBatchNorm] = []
         if self.size > 1:
-            own = PrefixStore(f"replica/{self.replica}", store)
-            self._group = new_group(PrefixStore("slices", own), self.index, self.size, device, timeout)
+            self._store = own = PrefixStore(f"replica/{self.replica}", store)
+            self._group = new_group(PrefixStore("buffers", own), self.index, self.size, device, timeout)
             cpu = torch.device("cpu")  # what is read with every step must not wait for a GPU
             self._control = new_group(PrefixStore("control", own), self.index, self.size, cpu, timeout)
 
@@ -130,11 +131,15 @@ class Members:
         for layer in module.modules():
             if isinstance(layer, nn.SyncBatchNorm) and layer.process_group in (None, dist.group.WORLD):
                 layer.process_group = self.ddp_group
+                self._confined.append(layer)
 
-    def open_center(self, initial: Tensor, open_slice: Callable[[Tensor, int], OpenCenter]) -> OpenCenter:
+    def open_center(self, name: str, initial: Tensor, open_slice: Callable[[Tensor, int], OpenCenter]) -> OpenCenter:
         """Opens a center that this replica's ranks reach together, each its slice.
 
+        It has a group of its own, since the exchanges of two centers may go on in either order.
+
         Args:
+            name: of this center alone.
             initial: (d,) the center.
             open_slice: ``open_slice(initial, index)`` opens the ``index``-th slice with those of the other replicas.
         """
@@ -143,7 +148,7 @@ class Members:
         return open_sliced(
             initial,
             lambda part: open_slice(part, self.index),
-            self._group,
+            new_group(PrefixStore(name, self._store), self.index, self.size, initial.device, self._timeout),
             member=self.index,
             replica_size=self.size,
             timeout=self._timeout,
@@ -156,6 +161,9 @@ class Members:
         if control is not None and work is not None and not work.is_completed() and hasattr(control, "abort"):
             control.abort()
         self._group = self._control = self._work = None
+        for layer in self._confined:
+            layer.process_group = None
+        self._confined.clear()
         if self._ddp_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._ddp_group)
         self._ddp_group = None

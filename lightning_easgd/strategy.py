@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -406,6 +407,13 @@ class ElasticStrategy(_DDPStrategy):
         self._members.confine_batch_norm(self._module)
         if layout.replica_size > 1:
             self._ddp_kwargs["process_group"] = self._members.ddp_group
+            if self._ddp_comm_hook is not None and self._ddp_comm_state is None:  # torch's hooks would take WORLD
+                self._ddp_comm_state = self._members.ddp_group
+            elif getattr(self._ddp_comm_state, "process_group", self._members) is None:
+                raise ValueError(
+                    f"EASGDStrategy(ddp_comm_state=<{type(self._ddp_comm_state).__name__} without process_group>): it "
+                    "would average gradients over all replicas; a hook without state gets the replica's own group"
+                )
             super().configure_ddp()
         self._show_layout(layout)
         self._buffers = CenterBuffers(self._module, self._group, layout.world_size, self._members.group)
@@ -569,7 +577,7 @@ class ElasticStrategy(_DDPStrategy):
                 num_slots=num_slots(self.num_replicas, self.algorithm.num_told),
             )
 
-        center = self._members.open_center(initial, open_slice)
+        center = self._members.open_center(name, initial, open_slice)
         self._cleanup.callback(center.close)
         return center
 
@@ -1246,7 +1254,10 @@ class ElasticStrategy(_DDPStrategy):
             self._go_free(self._free_running)
 
     def _tell_epoch_length(self, trainer: "Trainer") -> None:
-        """Tells the algorithms that ask for it how many batches an epoch has: replica 0's number, on all."""
+        """Tells the algorithms that ask for it how many mini-batches an epoch has: replica 0's number, on all.
+
+        What is accumulated into one optimizer step is one of them.
+        """
         asking = [c.algorithm for c in self.couplings if c.algorithm.needs_batches_per_epoch]
         if all(algorithm.batches_per_epoch is not None for algorithm in asking):
             return
@@ -1254,7 +1265,8 @@ class ElasticStrategy(_DDPStrategy):
         store, key = PrefixStore("epoch", self._rendezvous.store), "batches"
         if self.is_global_zero:
             num_batches = trainer.num_training_batches
-            store.set(key, json.dumps(None if num_batches == float("inf") else num_batches))
+            known = num_batches != float("inf")
+            store.set(key, json.dumps(math.ceil(num_batches / trainer.accumulate_grad_batches) if known else None))
         agreed = json.loads(store.get(key))
         for algorithm in asking:
             algorithm.batches_per_epoch = agreed
@@ -1336,6 +1348,8 @@ class ElasticStrategy(_DDPStrategy):
             self._stopped_together = False
             self._resumed = self._epoch_rng = self._members = None
             self._ddp_kwargs.pop("process_group", None)
+            if isinstance(self._ddp_comm_state, torch.distributed.ProcessGroup):
+                self._ddp_comm_state = None
             super().teardown()
             self._trainer = None
 

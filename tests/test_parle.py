@@ -108,7 +108,7 @@ def _fit(folder: str, strategy: Any, devices: int, resume: str | None) -> dict[s
     state = _State()
     t = trainer(
         strategy=strategy,
-        callbacks=[state, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=7, save_top_k=-1)],
+        callbacks=[state, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)],
         devices=devices,
         enable_checkpointing=True,
         max_epochs=3,
@@ -123,8 +123,10 @@ def _resume(rank: int, folder: str, devices: int, strategies: list[Any]) -> Any:
     found = []
     for i, strategy in enumerate(strategies):
         whole = _fit(f"{folder}/{i}", strategy(), devices, None)
-        again = _fit(f"{folder}/{i}/resumed", strategy(), devices, f"{folder}/{i}/step=14.ckpt")
-        found.append((whole, again))
+        # In an epoch's middle, and in its last step, before the evaluation that the resumed run leaves out.
+        for step in (14, 10) if devices == 2 else (10,):
+            again = _fit(f"{folder}/{i}/{step}", strategy(), devices, f"{folder}/{i}/step={step}.ckpt")
+            found.append((strategy.__name__, whole, again))
     return found
 
 
@@ -153,7 +155,7 @@ def _grouped() -> Any:
 )
 def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, num_ranks, strategies):
     for rank, found in enumerate(run_replicas(_resume, num_ranks, str(tmp_path), num_ranks, strategies, timeout=120)):
-        for strategy, (whole, again) in zip(strategies, found, strict=True):
+        for strategy, whole, again in found:
             expected = whole | {"batches": whole["batches"][-len(again["batches"]) :]}
             assert len(again["batches"]) < len(whole["batches"])
-            assert _differences(expected, again, f"rank {rank}, {strategy.__name__}: ") == []
+            assert _differences(expected, again, f"rank {rank}, {strategy}: ") == []

@@ -159,6 +159,53 @@ def test_a_layer_that_is_thawed_is_averaged_inside_the_replica_too():
     assert not _equal(ranks[0][0], ranks[2][0])
 
 
+class TwoNetworks(Regression):
+    """Two optimizers whose parameters are equally many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        loss = self.loss(batch) + torch.nn.functional.l1_loss(self.other(x), y)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in (self.net, self.other)]
+
+
+def _two_networks(rank: int) -> Any:
+    kept = []
+
+    class Ends(modules.pytorch_lightning.Callback):
+        def on_train_end(self, trainer, pl_module):
+            with trainer.strategy.weights_of("replica"):
+                kept.append(flat(pl_module))
+            kept.append(flat(pl_module))
+
+    t = trainer(
+        strategy=EASGDStrategy(EASGD(period=PERIOD), replica_size=2), devices=4, callbacks=[Ends()], max_epochs=6
+    )
+    t.fit(TwoNetworks(), loader(), loader(16))
+    return kept
+
+
+def test_two_optimizers_meet_in_either_order():
+    ranks = run_replicas(_two_networks, 4)
+    for replica, center in ranks:
+        assert torch.equal(center, ranks[0][1])
+        assert not torch.equal(replica, center)
+    assert torch.equal(ranks[0][0], ranks[1][0])
+    assert torch.equal(ranks[2][0], ranks[3][0])
+    assert not torch.equal(ranks[0][0], ranks[2][0])
+
+
 class _Sends(modules.pytorch_lightning.Callback):
     """Sends one rank the signal to stop, once, in the middle of an epoch."""
 

@@ -144,8 +144,9 @@ class Algorithm(ABC):
     Attributes:
         period: communication period tau, in optimizer steps, >= 1.
         clock: optimizer steps that this replica has begun with this coupling.
-        batches_per_epoch: mini-batches in an epoch of one replica, the same number on all; set before the first step
-            where ``needs_batches_per_epoch``, and None where the training data have no length.
+        batches_per_epoch: mini-batches in an epoch of one replica, each of them an optimizer step; the same number on
+            all. Set before the first step where ``needs_batches_per_epoch``; None where the training data have no
+            length.
         needs_batches_per_epoch: whether some hyper-parameter follows it.
         synchronous_only: whether it has a meaning only where all replicas' n-th exchanges are one operation.
         asynchronous_only: whether it has a meaning only where each replica's exchange is an operation of its own.

@@ -112,6 +112,11 @@ class SlicedCenter(OpenCenter):
         """The additions that the own slice had seen in its last completed operation."""
         return self._inner.clock
 
+    @property
+    def additions(self) -> int:
+        """The deltas that the own slice had received then."""
+        return self._inner.additions
+
     def lost(self) -> list[int]:
         """Returns the replicas whose member of this index is known to have ended; see ``OpenCenter.lost``."""
         return self._inner.lost()

@@ -123,6 +123,11 @@ class OpenCenter(ABC):
     def clock(self) -> int:
         """The additions that the center had seen in the last completed operation of this replica."""
 
+    @property
+    def additions(self) -> int:
+        """The deltas that the center had received then: the clock, where abstentions do not count."""
+        return self.clock
+
     @abstractmethod
     def pull(self) -> Snapshot:
         """Completes what is outstanding and returns the center. Blocks at most the timeout.

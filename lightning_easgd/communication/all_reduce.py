@@ -191,7 +191,7 @@ class _ReplicatedCenter(OpenCenter):
         super().__init__(replica=replica, num_replicas=num_replicas, num_slots=num_slots, dtype=initial.dtype)
         self._rule = rule
         self._timeout = timeout
-        self._clock = 0
+        self._clock = self._additions = 0
         self._value = initial.clone()
         self._memory = [torch.zeros_like(initial) for _ in range(rule.num_vectors)]
         # The delta, and what becomes the next center or the deltas' sum; from the first exchange on.
@@ -238,6 +238,10 @@ class _ReplicatedCenter(OpenCenter):
     @property
     def clock(self) -> int:
         return self._clock
+
+    @property
+    def additions(self) -> int:
+        return self._additions
 
     def pull(self) -> Snapshot:
         self._require_open()
@@ -390,6 +394,7 @@ class _ReplicatedCenter(OpenCenter):
                 self._rule.apply_(self._value, self._other, *self._memory)
         self.announced.copy_(self._header[1:])
         self._clock += self.num_replicas
+        self._additions += int(self._header[0])
 
     def lost(self) -> list[int]:
         return []  # the exchange that misses one raises
@@ -397,6 +402,7 @@ class _ReplicatedCenter(OpenCenter):
     def state_dict(self) -> dict[str, Any]:
         return {
             "clock": self._clock,
+            "additions": self._additions,
             "rule": self._rule.state_dict(),
             "memory": [vector.clone() for vector in self._memory],
             "rounding": None if self._errors is None else self._errors.state_dict(),
@@ -405,7 +411,7 @@ class _ReplicatedCenter(OpenCenter):
 
     def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
         self._value.copy_(value)
-        self._clock = int(state["clock"])
+        self._clock, self._additions = int(state["clock"]), int(state["additions"])
         self._rule.load_state_dict(state["rule"])
         for vector, saved in zip(self._memory, state["memory"], strict=True):
             vector.copy_(saved)
