@@ -80,6 +80,7 @@ class Replicas:
             "WORLD_SIZE": str(num_replicas),
         }
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.modules"])  # imported once, not by every process
         self.processes = [
             # Not daemons, which may not have a loader's workers; each ends itself at its deadline.
             context.Process(target=_child, args=(r, self._folder, environment, timeout - 5, function, args))
