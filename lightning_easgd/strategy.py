@@ -939,7 +939,8 @@ class ElasticStrategy(_DDPStrategy):
             self._meet(END_OF_EPOCH)
             on_advance_end()
             return
-        if self._stopped_together:  # in the epoch's last batch, after which Lightning raises only at its end
+        # All have met to stop in the epoch's last batch, after which Lightning raises only at its end.
+        if self._stopped_together and self._free_running.at_rest:
             on_advance_end()
             return
         assert self._trainer is not None

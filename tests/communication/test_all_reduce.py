@@ -91,13 +91,14 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait():
     def body(replica, store):
         parameter = torch.ones(200_000)
         vector = ParameterVector([parameter])
-        algorithm = EASGD(period=1)
+        algorithm = EASGD(period=2)
         with open_center(replica, store, vector.read()) as center:
-            for _ in range(5):
+            for step in range(10):
 
-                def local_update():  # compute that lasts as long as the collective, whatever that takes here
-                    center._flight.thread.join(TIMEOUT.total_seconds())
-                    assert not center._flight.thread.is_alive()
+                def local_update(in_between=step % 2 == 1):
+                    if in_between:  # compute that lasts as long as the collective, whatever that takes here
+                        center._flight.thread.join(TIMEOUT.total_seconds())
+                        assert not center._flight.thread.is_alive()
 
                 algorithm.step(vector, center, local_update)
             center.drain()
