@@ -16,7 +16,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -q -n 2
+PYTEST_ARGS ?= -q -n 3
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 TORCH_ARGS ?=
