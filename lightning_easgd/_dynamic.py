@@ -5,7 +5,6 @@ Lightning counts a loader's batches beforehand. Here nobody knows how many a rep
 of learning rates with the shared epoch instead of the replica's own count.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from lightning_easgd.communication._c10d import PrefixStore, Store
-from lightning_easgd.sampling import Draws, DynamicSampler
+from lightning_easgd.sampling import Draws, DynamicSampler, replace_sampler
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -141,11 +140,7 @@ class DynamicData:
             seed=self._seed,
             executor=self._executor,
         )
-        # Lightning tells it only after it has made the iterator, from which workers may have drawn already.
-        progress: Any = self._trainer.fit_loop.epoch_progress.current
-        self._sampler.set_epoch(progress.processed)
-        update_dataloader = vars(inspect.getmodule(type(self._trainer._data_connector)))["_update_dataloader"]
-        return update_dataloader(loader, self._sampler, mode=mode)
+        return replace_sampler(self._trainer, loader, self._sampler)
 
     def _refuse(self, loader: Any) -> None:
         if self._num_loaders - self._num_loaders_before > 1:
