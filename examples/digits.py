@@ -44,6 +44,7 @@ from lightning_easgd import (
     LocalSGD,
     MDownpour,
     Parle,
+    StreamingDiLoCo,
 )
 
 matplotlib.use("Agg")
@@ -80,6 +81,7 @@ METHODS = {
     "bmuf": Method(strategy=lambda: EASGDStrategy(LocalSGD.bmuf(period=10))),
     "slowmo": Method(momentum=0.0, strategy=lambda: EASGDStrategy(LocalSGD.slowmo(period=5))),
     "diloco": Method(momentum=0.0, strategy=lambda: EASGDStrategy(LocalSGD.diloco(period=5))),
+    "streaming_diloco": Method(momentum=0.5, strategy=lambda: EASGDStrategy(StreamingDiLoCo(period=8), fragments=4)),
     "lsgd": Method(strategy=lambda: EASGDStrategy(LSGD(period=4))),
     "admm": Method(strategy=lambda: EASGDStrategy(ADMM())),
     "parle": Method(strategy=lambda: EASGDStrategy(Parle(period=5))),

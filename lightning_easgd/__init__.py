@@ -25,6 +25,7 @@ from lightning_easgd.algorithms import (
     LocalSGD,
     MDownpour,
     Parle,
+    StreamingDiLoCo,
 )
 from lightning_easgd.averages import MovingAverage, PolyakAverage, TailAverage
 from lightning_easgd.communication import (
@@ -71,6 +72,7 @@ __all__ = [
     "Parle",
     "PolyakAverage",
     "SharedMemory",
+    "StreamingDiLoCo",
     "TailAverage",
     "TemporalEfficiency",
     "Transport",

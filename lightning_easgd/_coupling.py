@@ -266,13 +266,19 @@ class Coupling:
         self.center.abstain()
         self.drain()
 
+    def reset(self) -> None:
+        """Puts the replica on the center, where the algorithm starts anew. Blocks for an outstanding exchange."""
+        self.refresh()
+        self.vector.write_(self.center.value)
+        self.algorithm.start(self.vector, _ObservedCenter(self))
+
     def drain(self, timeout: timedelta | None = None) -> None:
         """Completes an outstanding exchange. Blocks, but asks nothing of the others that they have not done already."""
         self.center.drain(timeout)
         self._receive()
 
     def refresh(self) -> None:
-        """Reads an asynchronous center anew. Blocks for it, not for peers."""
+        """Reads the center anew, after what is outstanding. Blocks for it; over an asynchronous one not for peers."""
         self.center.pull()
         self._receive()
 

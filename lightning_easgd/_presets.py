@@ -15,6 +15,7 @@ from lightning_easgd.algorithms import (
     LocalSGD,
     MDownpour,
     Parle,
+    StreamingDiLoCo,
 )
 from lightning_easgd.communication import AllReduce, Asynchronous
 
@@ -43,6 +44,7 @@ def presets() -> dict[str, tuple[str, dict[str, Any]]]:
         "bmuf": ("BMUF", {"algorithm": LocalSGD.bmuf(), **together}),
         "slowmo": ("SlowMo", {"algorithm": LocalSGD.slowmo(), **together}),
         "diloco": ("DiLoCo", {"algorithm": LocalSGD.diloco(), **together}),
+        "streaming_diloco": ("Streaming DiLoCo", {"algorithm": StreamingDiLoCo(), "fragments": 4, **together}),
         "lsgd": ("Leader SGD", {"algorithm": LSGD(), **together}),
         "admm": ("Linearized ADMM", {"algorithm": ADMM(), **together}),
         "parle": ("Parle", {"algorithm": Parle(), **together}),

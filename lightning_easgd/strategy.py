@@ -29,6 +29,7 @@ from typing_extensions import override
 from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, Passage, num_slots
 from lightning_easgd._dynamic import DynamicData
+from lightning_easgd._fragments import by_fragment, first_clock, refuse_fragments, step_fragments
 from lightning_easgd._free_running import (
     END_OF_EPOCH,
     END_OF_TRAINING,
@@ -101,6 +102,7 @@ class ElasticStrategy(_DDPStrategy):
         evaluate: Literal["center", "replica"] = "center",
         on_nonfinite: Literal["raise", "reset"] = "raise",
         center_buffers: Literal["mean"] | int = "mean",
+        fragments: int = 1,
         slack: int | None = None,
         layerwise: bool = False,
         data: Literal["shard", "replicate", "dynamic"] | float = "shard",
@@ -136,6 +138,11 @@ class ElasticStrategy(_DDPStrategy):
                 the center's weights, over so many training batches of each replica (>= 1). The latter makes that many
                 forward passes for each evaluation and checkpoint, calling the module on the batch, or on its first
                 element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
+            fragments: in how many parts of about equal size the parameters are exchanged, 1 to the period. Each is
+                exchanged once a period, at steps of its own spread evenly over it, so that what travels at a time falls
+                that many times. No parameter tensor is cut: the largest one bounds it. For ``EASGD``, ``EAMSGD`` and
+                the methods that push what a period has accumulated, whose first period is shorter for all fragments
+                but the first. Each fragment reports by itself.
             slack: over an asynchronous transport, how many exchanges (>= 0) a replica may be ahead of the slowest
                 before it waits (stale synchronous parallel; 0 is lock-step). None: nobody ever waits.
             layerwise: whether each layer (a module that owns parameters directly) has a center and a clock of its own,
@@ -210,7 +217,9 @@ class ElasticStrategy(_DDPStrategy):
         if layerwise:
             refuse_algorithm(self.algorithm, synchronous=self.transport.synchronous, replica_size=replica_size)
             replica_size = 1
+        refuse_fragments(self.algorithm, fragments, layerwise=layerwise, slack=slack)
         self.layerwise = layerwise
+        self.fragments = fragments
         self.gate = None if slack is None else StaleSynchronous(slack)
         if self.gate is not None and self.transport.synchronous:
             raise ValueError(
@@ -513,6 +522,7 @@ class ElasticStrategy(_DDPStrategy):
             center = self._open_center(f"coupling/{index}", vector.read())
             algorithm = copy.deepcopy(self.algorithm)
             algorithm.bind(optimizer, list(parameters.values()))
+            algorithm.clock = first_clock(index % self.fragments, self.fragments, algorithm.period)
             coupling = Coupling(list(parameters), vector, algorithm, center, copy.deepcopy(self.average))
             coupling.report_every = self._report_every
             coupling.turnstile = self._open_turnstile(f"gate/{index}")
@@ -533,9 +543,21 @@ class ElasticStrategy(_DDPStrategy):
     def _coupled_parameters(self) -> list[tuple[Optimizer, dict[str, nn.Parameter]]]:
         """Returns, for each coupling, its parameters by name and the optimizer that steps them."""
         pairs = zip(self.optimizers, coupled_parameters(self._module, self.optimizers), strict=True)
-        if not self.layerwise:
-            return list(pairs)
-        return [(optimizer, layer) for optimizer, parameters in pairs for layer in by_layer(self._module, parameters)]
+        if self.layerwise:
+            return [(o, layer) for o, parameters in pairs for layer in by_layer(self._module, parameters)]
+        if self.fragments > 1:
+            return [(o, part) for o, parameters in pairs for part in self._fragments_of(parameters)]
+        return list(pairs)
+
+    def _fragments_of(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+        parts = by_fragment(self._module, parameters, self.fragments)
+        sizes = [sum(p.numel() for p in part.values()) for part in parts]
+        if not self.couplings and max(sizes) * self.fragments > 2 * sum(sizes):
+            rank_zero_warn(
+                f"EASGDStrategy(fragments={self.fragments}): the largest one has {max(sizes):,} of {sum(sizes):,} "
+                "parameters, since no tensor is cut: what travels at a time falls less than half as much as it could"
+            )
+        return parts
 
     def _open_turnstile(self, name: str) -> Passage | None:
         gate: Gate | None = self.gate
@@ -724,7 +746,9 @@ class ElasticStrategy(_DDPStrategy):
         assert self._trainer is not None
         at = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own log entries
         recover = partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None
-        if self._layerwise is None:
+        if self.fragments > 1:
+            step_fragments(couplings, local_update, recover=recover, at=at)
+        elif self._layerwise is None:
             [coupling] = couplings
             coupling.step(local_update, recover=recover, at=at)
         else:  # the precision plugin's part of an optimizer step, without the update: the layers have had it by then
@@ -1128,7 +1152,7 @@ class ElasticStrategy(_DDPStrategy):
     @property
     def _saved_layout(self) -> dict[str, int]:
         layout = {"num_replicas": self.num_replicas, "replica_size": self.layout.replica_size}
-        return {**layout, "layerwise": self.layerwise}
+        return {**layout, "layerwise": self.layerwise, "fragments": self.fragments}
 
     @property
     def _file_owner(self) -> str:
@@ -1165,7 +1189,7 @@ class ElasticStrategy(_DDPStrategy):
         saved = checkpoint.get(KEY)
         no_files = saved is None or saved["save"] is None
         self._resumed_data = None if saved is None else saved.get("data")
-        layout = {} if saved is None else {"replica_size": 1, "layerwise": False, **saved}
+        layout = {} if saved is None else {"replica_size": 1, "layerwise": False, "fragments": 1, **saved}
         fits = all(layout.get(key) == value for key, value in self._saved_layout.items())
         if saved is None or no_files or self.resume == "center" or not fits:
             # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
@@ -1174,6 +1198,7 @@ class ElasticStrategy(_DDPStrategy):
             found = f"it has {layout.get('num_replicas')} replicas"
             found += "" if size == self.layout.replica_size else f" of {size} ranks"
             found += ", layer by layer" if layout.get("layerwise") else ""
+            found += f", in {layout['fragments']} fragments" if layout.get("fragments", 1) > 1 else ""
             why = "it has no replicas' files" if no_files else found
             rank_zero_warn(
                 f"EASGDStrategy resumes {self.num_replicas} replicas from the center of {str(checkpoint_path)!r} "
@@ -1377,6 +1402,7 @@ class ElasticStrategy(_DDPStrategy):
             **({} if self.average is None else {"average": repr(self.average)}),
             **({} if self.gate is None else {"slack": self.gate.slack}),
             **({"layerwise": True} if self.layerwise else {}),
+            **({"fragments": self.fragments} if self.fragments > 1 else {}),
             **self.algorithm.hyperparameters(self.num_replicas),
         }
 

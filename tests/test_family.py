@@ -64,7 +64,7 @@ def _fit_and_resume(replica: int, name: str, folder: str) -> Any:
 def test_all_names_of_the_family_are_registered():
     family = (
         "adag admm agn bmuf diloco downpour dynsgd eamsgd eamsgd_async easgd easgd_async elastic_sgd entropy_sgd "
-        "local_sgd lsgd mdownpour parle slowmo ssp ssp_layerwise"
+        "local_sgd lsgd mdownpour parle slowmo ssp ssp_layerwise streaming_diloco"
     )
     assert family.split() == NAMES
 
@@ -74,7 +74,7 @@ def test_every_name_trains_any_module_and_resumes(name, tmp_path):
     results = run_replicas(_fit_and_resume, 2, name, str(tmp_path))
     (whole, resumed), (others, others_resumed) = results
     # 32 steps of each replica: what exchanges too rarely for that has its center where it began.
-    period = {"diloco": 500, "bmuf": 50, "local_sgd": 50}.get(name, 1)
+    period = {"diloco": 500, "bmuf": 50, "local_sgd": 50}.get(name, 1)  # of four fragments one is sent in time
     for (before, after, center, *_), (_, _, other, *_) in ((whole, others), (resumed, others_resumed)):
         assert torch.equal(center, other)
         assert after < before if period < 32 else after == before

@@ -25,6 +25,8 @@ SSP, slack 0: synchronous SGD on summed updates      test_simulation.py::
                                                      test_no_slack_is_synchronous_descent_on_summed_updates
 BMUF with Nesterov: DiLoCo, same inner optimizer     here
 BMUF, momentum 0, rate 1: model averaging            here
+Streaming DiLoCo, one fragment, no delay, no         algorithms/test_streaming_diloco.py::
+mixing: DiLoCo                                       test_without_delay_and_mixing_it_is_diloco_to_the_last_bit
 Parle, one replica, no coupling: Entropy-SGD         algorithms/test_parle.py::
 without noise                                        test_one_replica_without_coupling_is_entropy_sgd_to_the_last_bit
 LSGD, rates 0: independent runs                      algorithms/test_lsgd.py::

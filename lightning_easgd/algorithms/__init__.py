@@ -17,6 +17,7 @@ from lightning_easgd.algorithms.local_sgd import LocalSGD
 from lightning_easgd.algorithms.lsgd import LSGD, elected
 from lightning_easgd.algorithms.mdownpour import MDownpour
 from lightning_easgd.algorithms.parle import Parle
+from lightning_easgd.algorithms.streaming_diloco import StreamingDiLoCo
 
 __all__ = [
     "ADAG",
@@ -39,6 +40,7 @@ __all__ = [
     "ProximalTerm",
     "Replica",
     "Snapshot",
+    "StreamingDiLoCo",
     "annealed",
     "damping",
     "displacement_",

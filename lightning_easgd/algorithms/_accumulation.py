@@ -35,6 +35,8 @@ class Accumulation(Algorithm):
     contains all that was done.
     """
 
+    separable = True
+
     def __init__(self, period: int) -> None:
         self.period = require_period(type(self).__name__, period)
         self._anchor: Tensor | None = None
@@ -66,9 +68,13 @@ class Accumulation(Algorithm):
         if self._anchor is None or (self.is_due and not self._has_begun):
             snapshot = center.pull()
             self._anchor, self._read_at = snapshot.value.clone(), snapshot.clock
-            replica.write_(self._anchor)  # x <- c
+            self._adopt(replica, self._anchor)
         self._has_begun = True
         return self._anchor
+
+    def _adopt(self, replica: Replica, center: Tensor) -> None:
+        """Takes the replica to the center (d,) that a period has begun with."""
+        replica.write_(center)  # x <- c
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
         """Performs one iteration. Blocks only at the begin of a period, for the center."""

@@ -154,6 +154,8 @@ class Algorithm(ABC):
         needs_loss: whether ``observe_loss`` wants to be called.
         single_replica: whether it is a method of one replica, which then is all ranks together.
         reads_late: whether a step that is due reads the center after its local update, not before.
+        separable: whether parts of the parameters may exchange at steps of their own, each part by an object of its
+            own around the same local update. What a step does that is neither due nor ending it then does before it.
     """
 
     period: int
@@ -166,6 +168,7 @@ class Algorithm(ABC):
     needs_loss: ClassVar[bool] = False
     single_replica: ClassVar[bool] = False
     reads_late: bool = False
+    separable: bool = False
 
     @property
     def is_due(self) -> bool:

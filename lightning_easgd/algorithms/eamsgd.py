@@ -48,6 +48,8 @@ class EAMSGD(Algorithm):
     with EASGD, and multiplied by 1 / (1 - delta). Extra memory: one vector of the parameters' size.
     """
 
+    separable = True
+
     def __init__(self, period: int = 10, moving_rate: float | None = None, center_rate: float | None = None) -> None:
         """Creates the algorithm. The arguments, their defaults and errors are those of ``EASGD``."""
         self._elastic = EASGD(period, moving_rate, center_rate)

@@ -114,6 +114,7 @@ class EASGD(Algorithm):
         self._anchor: Tensor | None = None  # in Gauss-Seidel order: the center that was pulled, and its clock
         self._read_at = 0
         self.asynchronous_only = early_exchange
+        self.separable = not early_exchange  # whose trigger is a distance of the whole
         self._equilibrium = Equilibrium(margin) if early_exchange else None
         self._due_at = 0  # with early exchange: the clock at which the next one is due
 
