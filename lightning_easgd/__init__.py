@@ -24,6 +24,7 @@ from lightning_easgd.algorithms import (
     EntropySGD,
     LocalSGD,
     MDownpour,
+    OverlapLocalSGD,
     Parle,
     StreamingDiLoCo,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "MDownpour",
     "MovingAverage",
     "NonFiniteDeltaError",
+    "OverlapLocalSGD",
     "ParameterServer",
     "Parle",
     "PolyakAverage",

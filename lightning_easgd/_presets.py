@@ -14,6 +14,7 @@ from lightning_easgd.algorithms import (
     EntropySGD,
     LocalSGD,
     MDownpour,
+    OverlapLocalSGD,
     Parle,
     StreamingDiLoCo,
 )
@@ -45,6 +46,7 @@ def presets() -> dict[str, tuple[str, dict[str, Any]]]:
         "slowmo": ("SlowMo", {"algorithm": LocalSGD.slowmo(), **together}),
         "diloco": ("DiLoCo", {"algorithm": LocalSGD.diloco(), **together}),
         "streaming_diloco": ("Streaming DiLoCo", {"algorithm": StreamingDiLoCo(), "fragments": 4, **together}),
+        "overlap_local_sgd": ("Overlap Local-SGD", {"algorithm": OverlapLocalSGD(), **together}),
         "lsgd": ("Leader SGD", {"algorithm": LSGD(), **together}),
         "admm": ("Linearized ADMM", {"algorithm": ADMM(), **together}),
         "parle": ("Parle", {"algorithm": Parle(), **together}),

@@ -64,7 +64,7 @@ def _fit_and_resume(replica: int, name: str, folder: str) -> Any:
 def test_all_names_of_the_family_are_registered():
     family = (
         "adag admm agn bmuf diloco downpour dynsgd eamsgd eamsgd_async easgd easgd_async elastic_sgd entropy_sgd "
-        "local_sgd lsgd mdownpour parle slowmo ssp ssp_layerwise streaming_diloco"
+        "local_sgd lsgd mdownpour overlap_local_sgd parle slowmo ssp ssp_layerwise streaming_diloco"
     )
     assert family.split() == NAMES
 

@@ -29,6 +29,8 @@ Streaming DiLoCo, one fragment, no delay, no         algorithms/test_streaming_d
 mixing: DiLoCo                                       test_without_delay_and_mixing_it_is_diloco_to_the_last_bit
 Parle, one replica, no coupling: Entropy-SGD         algorithms/test_parle.py::
 without noise                                        test_one_replica_without_coupling_is_entropy_sgd_to_the_last_bit
+Overlap Local-SGD, moving rate 0: independent runs   algorithms/test_overlap_local_sgd.py::
+                                                     test_without_a_moving_rate_replicas_are_independent_to_the_last_bit
 LSGD, rates 0: independent runs                      algorithms/test_lsgd.py::
                                                      test_without_rates_replicas_are_independent_to_the_last_bit
 ===================================================  ===================================================================

@@ -16,6 +16,7 @@ from lightning_easgd.algorithms.equilibrium import Equilibrium
 from lightning_easgd.algorithms.local_sgd import LocalSGD
 from lightning_easgd.algorithms.lsgd import LSGD, elected
 from lightning_easgd.algorithms.mdownpour import MDownpour
+from lightning_easgd.algorithms.overlap_local_sgd import OverlapLocalSGD
 from lightning_easgd.algorithms.parle import Parle
 from lightning_easgd.algorithms.streaming_diloco import StreamingDiLoCo
 
@@ -36,6 +37,7 @@ __all__ = [
     "Exchange",
     "LocalSGD",
     "MDownpour",
+    "OverlapLocalSGD",
     "Parle",
     "ProximalTerm",
     "Replica",
