@@ -1,9 +1,10 @@
 """What a synchronous exchange costs, against the bare all-reduce of the same numbers.
 
-    python -m benchmarks.exchange [--numel 1000000 10000000] [--num-replicas 2] [--rounds 11] [--json]
+    python -m benchmarks.exchange [--link loopback] [--numel 1000000 10000000] [--num-replicas 2] [--rounds 11] [--json]
 
-Each replica is a process; they meet over Gloo on this host. In each round all measure, begun together, one after the
-other:
+Each replica is a process; they meet over Gloo, on one host or each on a host of its own, behind a link of 1 Gbit/s or
+100 Mbit/s (network namespaces; Linux, root, ``ip`` and ``tc``). In each round all measure, begun together, one after
+the other:
 
 * ``bare``: one all-reduce of a float32 vector of that many numbers, and nothing else.
 * ``push, WIRE``: from ``push`` of a vector to a completed center, for each wire format. A push looks through the vector
@@ -18,7 +19,9 @@ greatest over all processes' rounds. The first round, which maps the pages, does
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +34,7 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
+from benchmarks._network import RATES, Host, Network, why_not
 from lightning_easgd.algorithms.easgd import displacement_
 from lightning_easgd.communication import AllReduce, OpenCenter
 from lightning_easgd.communication._c10d import new_group
@@ -41,8 +45,12 @@ RATE = 0.1
 TIMEOUT = timedelta(seconds=120)
 
 
-def measure(replica: int, folder: str, barrier: Barrier, num_replicas: int, numel: int, rounds: int) -> None:
+def measure(
+    replica: int, host: Host, folder: str, barrier: Barrier, num_replicas: int, numel: int, rounds: int
+) -> None:
     """Runs in each process: leaves the seconds of each round in the folder."""
+    host.enter()
+    os.environ["GLOO_SOCKET_IFNAME"] = host.interface
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", num_replicas)
     delta = torch.randn(numel, generator=torch.Generator().manual_seed(replica)).mul_(1e-3)
@@ -99,14 +107,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def benchmark(numel: int, num_replicas: int, rounds: int) -> dict[str, Any]:
+def benchmark(link: str, numel: int, num_replicas: int, rounds: int) -> dict[str, Any]:
     """Returns ratios to ``bare``, milliseconds and processor milliseconds, each a median with minimum and maximum."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(num_replicas)
-    with tempfile.TemporaryDirectory() as folder:
+    with Network(link, num_replicas) as network, tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=measure, args=(r, folder, barrier, num_replicas, numel, rounds), daemon=True)
-            for r in range(num_replicas)
+            context.Process(target=measure, args=(r, host, folder, barrier, num_replicas, numel, rounds), daemon=True)
+            for r, host in enumerate(network.hosts)
         ]
         for process in processes:
             process.start()
@@ -121,6 +129,7 @@ def benchmark(numel: int, num_replicas: int, rounds: int) -> dict[str, Any]:
 
     seconds, processor = gathered("seconds"), gathered("processor")
     return {
+        "link": link,
         "numel": numel,
         "num_replicas": num_replicas,
         "rounds": rounds,
@@ -140,16 +149,19 @@ def main() -> None:
     parser.add_argument(
         "--numel", type=int, nargs="+", default=[1_000_000, 10_000_000, 100_000_000], help="numbers of the center"
     )
+    parser.add_argument("--link", choices=list(RATES), default="loopback", help="default: loopback")
     parser.add_argument("--num-replicas", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--rounds", type=int, default=11, help="rounds that count (default 11)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.parse_args()
-    results = [benchmark(numel, given.num_replicas, given.rounds) for numel in given.numel]
+    if given.link != "loopback" and (reason := why_not()):
+        sys.exit(f"--link {given.link} is skipped: {reason}")
+    results = [benchmark(given.link, numel, given.num_replicas, given.rounds) for numel in given.numel]
     if given.json:
         print(json.dumps(results, indent=2))
         return
     for result in results:
-        print(f"{result['numel']} numbers, {given.num_replicas} replicas, {given.rounds} rounds")
+        print(f"{given.link}, {result['numel']} numbers, {given.num_replicas} replicas, {given.rounds} rounds")
         tables = {"to bare": "ratios", "ms": "milliseconds", "ms of processor": "processor_milliseconds"}
         for unit, kind in tables.items():
             for name, row in result[kind].items():

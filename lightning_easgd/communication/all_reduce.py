@@ -258,17 +258,23 @@ class _ReplicatedCenter(OpenCenter):
         return self._other
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
+        self._require_open()
+        self._refuse_nonfinite(delta)
         self._copy(delta, read_at, 1.0)
         self._launch(self._other, 1.0, free=True)
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
-        delta(x, snapshot.value)
+        total = 0.0
+        for part, center in blocks(x, snapshot.value):
+            delta(part, center)
+            total += float(part.sum())  # while it is in the cache; finite only if all numbers are
+        if not math.isfinite(total):
+            self._refuse_nonfinite(x)
         if self._other is None or x.data_ptr() != self._other.data_ptr():
             self._copy(x, snapshot.clock, scale)
             self._launch(self._other, 1.0, free=True)
             return Completed(x)
-        self._refuse_nonfinite(x)
         return _Lent(x, self._launch(x, scale * self._rule.weight(0), free=False))
 
     def abstain(self) -> None:
@@ -276,9 +282,8 @@ class _ReplicatedCenter(OpenCenter):
         self._launch(None, 1.0, free=True)
 
     def _copy(self, delta: Tensor, read_at: int, scale: float) -> None:
-        """Puts a delta with its factors into the memory of the next exchange, where it is finite."""
+        """Puts a delta with its factors into the memory of the next exchange."""
         message = self.borrow()
-        self._refuse_nonfinite(delta)
         # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
         torch.mul(delta, scale * self._rule.weight(self._clock - read_at), out=message)
 
