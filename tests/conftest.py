@@ -1,6 +1,5 @@
 """Shared fixtures: process start, thread count, and guards against what a test might leave behind."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -15,9 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 torch.set_num_threads(1)
-
-# Importing torch and Lightning costs seconds: the server of which all test processes are forks does it once.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "lightning_easgd", "tests.modules"])
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +30,6 @@ def restore_process_state():
     assert not dist.is_initialized(), "the test left torch's default process group behind"
     for thread in set(threading.enumerate()) - threads:
         if thread.name.startswith("lightning_easgd-session"):
-            thread.join(10)  # a server's ends a moment after its client's close
+            thread.join(60)  # a server's ends a moment after its client's close
     left = [t for t in set(threading.enumerate()) - threads if t.is_alive() and t.name.startswith("lightning_easgd")]
     assert not left, f"the test left threads behind: {left}"

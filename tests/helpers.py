@@ -13,13 +13,36 @@ import traceback
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=10)
+# All limits are guards against hanging: many times what is waited for takes on a machine with other things to do.
+TIMEOUT = timedelta(seconds=60)
+SOON_S = 0.75 * TIMEOUT.total_seconds()  # what is over by then has not run into its timeout
+PROCESSES_S = 240.0
+COMMAND_S = 300.0  # of a command, whose processes each import torch and Lightning
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preload"])  # imported once, not by every process
+
+
+def shorten(center: Any, timeout: timedelta) -> None:
+    """Gives a center's waits so little time from here on; it was opened with enough of it."""
+    center._timeout = timeout
+    if hasattr(center, "_inner"):  # a slice
+        shorten(center._inner, timeout)
+    if hasattr(center, "_lanes"):  # of an all-reduce, whose group waits for what was begun when it is destroyed
+        center._group._group._set_default_timeout(timeout)
+        for lane in center._lanes:
+            lane._timeout = timeout
+    for shard, _ in getattr(center, "_shards", []):  # of a parameter server
+        shard._channel._timeout = timeout
 
 
 def run_threads(function: Callable[..., Any], num_replicas: int, *args: Any) -> list[Any]:
@@ -53,6 +76,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def _start_server() -> None:
+    """Starts what forks all processes, if there is none yet. It finds ``tests`` by the environment, wherever it is."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path)):
+        forkserver.ensure_running()
+
+
 def _child(replica: int, folder: str, environment: dict[str, str], deadline: float, function: Any, args: Any) -> None:
     os.environ.update(environment)
     os.environ["LOCAL_RANK"] = str(replica)
@@ -69,7 +99,9 @@ def _child(replica: int, folder: str, environment: dict[str, str], deadline: flo
 class Replicas:
     """Processes that run ``function(replica, *args)`` as ranks of one job, as a launcher outside of Lightning would."""
 
-    def __init__(self, function: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60) -> None:
+    def __init__(
+        self, function: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = PROCESSES_S
+    ) -> None:
         self._folder = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._timeout = timeout
@@ -79,11 +111,10 @@ class Replicas:
             "NODE_RANK": "0",
             "WORLD_SIZE": str(num_replicas),
         }
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.modules"])  # imported once, not by every process
+        _start_server()
         self.processes = [
             # Not daemons, which may not have a loader's workers; each ends itself at its deadline.
-            context.Process(target=_child, args=(r, self._folder, environment, timeout - 5, function, args))
+            CONTEXT.Process(target=_child, args=(r, self._folder, environment, timeout - 5, function, args))
             for r in range(num_replicas)
         ]
         for process in self.processes:
@@ -113,6 +144,8 @@ class Replicas:
         return [torch.load(Path(self._folder, f"{r}.pt"), weights_only=False) for r in range(len(self.processes))]
 
 
-def run_replicas(function: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_replicas(
+    function: Callable[..., Any], num_replicas: int, *args: Any, timeout: float = PROCESSES_S
+) -> list[Any]:
     """Runs ``function(replica, *args)`` in one process a replica and returns the results."""
     return Replicas(function, num_replicas, *args, timeout=timeout).results()

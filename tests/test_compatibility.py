@@ -72,7 +72,7 @@ def _run_group(replica: int, group: str, folder: str) -> dict[str, Any]:
 @functools.cache
 def _results(group: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        return run_replicas(_run_group, 2, group, folder, timeout=100)
+        return run_replicas(_run_group, 2, group, folder)
 
 
 def results_of(function: Callable[[int, Path], Any]) -> tuple[Any, Any]:

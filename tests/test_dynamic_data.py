@@ -111,7 +111,7 @@ def test_draws_ahead_are_made_while_the_batch_is_computed():
     with ThreadPoolExecutor(1) as executor:
         draws = _draws(store, 0, num_replicas=1, executor=executor)
         assert draws.take() == 0
-        executor.submit(lambda: None).result(timeout=10)  # the thread has done what it was given before
+        executor.submit(lambda: None).result(timeout=60)  # the thread has done what it was given before
         assert store.adds == 1
         assert [*iter(draws.take, None)] == [1, 2, 3, 4, 5]
     assert store.adds == 6

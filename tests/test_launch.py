@@ -1,5 +1,6 @@
 """Jobs as users start them: a script of its own, torchrun, spawn, LightningCLI; and what their loggers got."""
 
+import importlib
 import json
 import os
 import re
@@ -11,39 +12,59 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import free_port
+from tests.helpers import COMMAND_S, ROOT, free_port, run_replicas
+from tests.modules import REGRESSIONS, loader
 
-ROOT = Path(__file__).parent.parent
 
-
-def run(*command: str, cwd: Path, timeout: float = 90, **environment: str) -> str:
+def run(*command: str, cwd: Path) -> str:
     """Runs a command in ``cwd`` and returns what it printed; its failure is the test's."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env = {k: v for k, v in env.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT")}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=COMMAND_S)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
 
 SCRIPT = """
 import os, sys
-import torch
+from lightning_easgd import EASGD, EASGDStrategy
+from pytorch_lightning.loggers import WandbLogger
 from tests.modules import Regression, flat, loader, trainer
 
 if __name__ == "__main__":
-    module = Regression()
-    t = trainer(strategy=sys.argv[1])
+    module, name = Regression(), sys.argv[1]
+    logger = WandbLogger(project="test", save_dir=".") if name == "wandb" else False
+    strategy = EASGDStrategy(EASGD(period=2)) if name == "wandb" else name
+    t = trainer(strategy=strategy, logger=logger, log_every_n_steps=1)
     t.fit(module, loader())
+    world_size = t.world_size
+    if name == "easgd_spawn":  # whose processes would import all of it again
+        t = trainer(strategy="auto", devices=1)
     found = t.validate(module, loader(shuffle=False), verbose=False)
     rank = os.environ.get("LOCAL_RANK", "0")
     with open(f"rank-{rank}.txt", "w") as file:  # what ranks print may run together
-        print(rank, t.world_size, float(flat(module).sum()), found[0]["val_loss"], file=file)
+        print(rank, world_size, float(flat(module).sum()), found[0]["val_loss"], file=file)
 """
 
 
 def results(folder: Path) -> list[list[str]]:
     """Returns rank, world size, sum of the weights and validation loss of each process."""
     return [path.read_text().split() for path in sorted(folder.glob("rank-*.txt"))]
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """Yields the records of a W&B file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            yield record
+            record = b""
 
 
 @pytest.fixture
@@ -54,10 +75,25 @@ def script(tmp_path):
 
 
 def test_a_script_launches_its_own_processes(script, tmp_path):
-    run(sys.executable, script, "easgd", cwd=tmp_path)
+    """One job of two: they train to one center, and make one W&B run with the strategy's config."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    run(sys.executable, script, "wandb", cwd=tmp_path)
     (rank0, size0, *first), (rank1, size1, *second) = results(tmp_path)
     assert (rank0, rank1, size0, size1) == ("0", "1", "2", "2")
     assert first == second
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    config, history = {}, []
+    for data in wandb_records(file):
+        record = Record.FromString(data)
+        config |= {"/".join([u.key, *u.nested_key]): json.loads(u.value_json) for u in record.config.update}
+        if record.history.item:
+            history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    expected = {"strategy": "EASGDStrategy", "algorithm": "EASGD", "period": 2, "moving_rate": 0.45, "num_replicas": 2}
+    assert expected.items() <= config.items()
+    ours = [row for row in history if "easgd/consensus_distance" in row]
+    assert [row["trainer/global_step"] for row in ours] == [0, 2, 4, 6]
+    assert [row["easgd/exchanges"] for row in ours] == [1, 2, 3, 4]
 
 
 def test_torchrun_launches(script, tmp_path):
@@ -85,19 +121,24 @@ def test_the_demo_runs_and_compares(tmp_path):
     assert (tmp_path / "out" / "digits.png").stat().st_size > 1000
 
 
-CLI = """
-import {namespace}.cli
-from tests.modules import REGRESSIONS, loader
-import lightning_easgd
+def _cli(replica: int, folder: str, namespace: str, arguments: list[str]) -> str:
+    """Runs a LightningCLI in ``folder`` and returns the strategy that it made."""
+    os.chdir(folder)
+    sys.argv = ["cli.py", "fit", *arguments]
+    cli = importlib.import_module(f"{namespace}.cli").LightningCLI(OWN_DATA[namespace])
+    assert cli.trainer.state.finished
+    return repr(cli.trainer.strategy)
 
-class Module(REGRESSIONS["{namespace}"]):
-    def train_dataloader(self):
-        return loader()
 
-if __name__ == "__main__":
-    cli = {namespace}.cli.LightningCLI(Module)
-    print("RAN", cli.trainer.strategy)
-"""
+def own_data(base: type) -> type:
+    class Module(base):
+        def train_dataloader(self):
+            return loader()
+
+    return Module
+
+
+OWN_DATA = {namespace: own_data(base) for namespace, base in REGRESSIONS.items()}
 QUIET = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_epochs=1", "--trainer.logger=false",
          "--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]  # fmt: skip
 
@@ -105,8 +146,6 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_epoc
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 @pytest.mark.parametrize("form", ["plain", "nested"])
 def test_lightning_cli_takes_it(tmp_path, namespace, form):
-    path = tmp_path / "cli.py"
-    path.write_text(CLI.format(namespace=namespace))
     home = {"pytorch_lightning": "lightning_easgd", "lightning.pytorch": "lightning_easgd.pytorch"}[namespace]
     arguments = {
         "plain": ["--trainer.strategy=easgd"],
@@ -117,55 +156,6 @@ def test_lightning_cli_takes_it(tmp_path, namespace, form):
             "--trainer.strategy.init_args.algorithm.init_args.period=4",
         ],
     }[form]
-    printed = run(sys.executable, str(path), "fit", *QUIET, *arguments, cwd=tmp_path)
+    [strategy] = run_replicas(_cli, 1, str(tmp_path), namespace, [*QUIET, *arguments])
     period = {"plain": 10, "nested": 4}[form]
-    assert f"RAN <EASGDStrategy(EASGD(period={period}," in printed
-
-
-WANDB = """
-from pytorch_lightning.loggers import WandbLogger
-from lightning_easgd import EASGD, EASGDStrategy
-from tests.modules import Regression, loader, trainer
-
-if __name__ == "__main__":
-    trainer(
-        strategy=EASGDStrategy(EASGD(period=2)),
-        logger=WandbLogger(project="test", save_dir="."),
-        log_every_n_steps=1,
-    ).fit(Regression(), loader())
-"""
-
-
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """Yields the records of a W&B file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
-    data, at, record = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            yield record
-            record = b""
-
-
-def test_one_job_makes_one_wandb_run_with_the_strategys_config(tmp_path):
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    path = tmp_path / "script.py"
-    path.write_text(WANDB)
-    run(sys.executable, str(path), cwd=tmp_path, WANDB_MODE="offline")
-    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    config, history = {}, []
-    for data in wandb_records(file):
-        record = Record.FromString(data)
-        config |= {"/".join([u.key, *u.nested_key]): json.loads(u.value_json) for u in record.config.update}
-        if record.history.item:
-            history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-    expected = {"strategy": "EASGDStrategy", "algorithm": "EASGD", "period": 2, "moving_rate": 0.45, "num_replicas": 2}
-    assert expected.items() <= config.items()
-    ours = [row for row in history if "easgd/consensus_distance" in row]
-    assert [row["trainer/global_step"] for row in ours] == [0, 2, 4, 6]
-    assert [row["easgd/exchanges"] for row in ours] == [1, 2, 3, 4]
+    assert strategy.startswith(f"<EASGDStrategy(EASGD(period={period},")

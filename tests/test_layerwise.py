@@ -1,6 +1,5 @@
 """Layerwise SSP: each layer has a center and a clock, is added in the backward pass and read in the forward pass."""
 
-import time
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_easgd import AGN, EASGD, Asynchronous, Downpour, EASGDStrategy
 from lightning_easgd._layerwise import by_layer, narrowed, parts_of
 from tests import modules
-from tests.helpers import run_replicas
+from tests.helpers import TIMEOUT, run_replicas
 from tests.modules import Regression, flat, loader, trainer
 
 
@@ -78,15 +77,27 @@ class Tied(Deep):
         return nn.functional.mse_loss(self.scale * checkpoint(self.last, x, use_reentrant=False), batch[1])
 
 
-class Ends(modules.pytorch_lightning.Callback):
-    """Makes one replica slow, and keeps what there is at the end."""
+class Behind(modules.pytorch_lightning.Callback):
+    """Makes one of two replicas begin a step only when the other has read as far ahead as the slack allows."""
 
-    def __init__(self, slow: int | None = None) -> None:
-        self.slow = slow
+    def __init__(self, replica: int, slack: int, path: str) -> None:
+        self.replica, self.slack, self.path = replica, slack, path
+
+    def on_train_start(self, trainer, pl_module):
+        self.store = torch.distributed.FileStore(self.path, 2)
+        self.last = trainer.max_epochs * trainer.num_training_batches - 1
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank == self.slow:
-            time.sleep(0.03)  # as computing would
+        if trainer.global_rank == self.replica:
+            self.store.wait([f"read/{min(trainer.global_step + self.slack, self.last)}"], TIMEOUT)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_rank != self.replica:
+            self.store.set(f"read/{trainer.global_step}", "")
+
+
+class Ends(modules.pytorch_lightning.Callback):
+    """Keeps what there is at the end."""
 
     def on_train_end(self, trainer, pl_module):
         couplings = trainer.strategy.couplings
@@ -96,10 +107,8 @@ class Ends(modules.pytorch_lightning.Callback):
         }
 
 
-def _fit(
-    replica: int, strategy: Any, module: Any = Deep, num_replicas: int = 2, slow: int | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    ends, fitted = Ends(slow), module()
+def _fit(replica: int, strategy: Any, module: Any = Deep, num_replicas: int = 2, **kwargs: Any) -> dict[str, Any]:
+    ends, fitted = Ends(), module()
     callbacks = [ends, *kwargs.pop("callbacks", [])]
     path = kwargs.pop("ckpt_path", None)
     t = trainer(strategy=strategy, devices=num_replicas, callbacks=callbacks, **{"max_epochs": 2, **kwargs})
@@ -301,17 +310,17 @@ class Tallies(Regression):
         return x.sum()
 
 
-def _tally(replica: int, slack: int | None) -> list[list[float]]:
+def _tally(replica: int, slack: int, path: str) -> list[list[float]]:
     module = Tallies()
-    t = trainer(strategy=strategy(slack=slack), callbacks=[Ends(slow=1)])
+    t = trainer(strategy=strategy(slack=slack), callbacks=[Behind(1, slack, path)])
     t.fit(module, loader(128))
     return [layer.seen for layer in module.net]
 
 
 @pytest.mark.parametrize("slack", [0, 2])
-def test_what_a_replica_reads_of_each_layer(slack):
+def test_what_a_replica_reads_of_each_layer(tmp_path, slack):
     """Bounded staleness, its own additions, and none from beyond the slack."""
-    results = run_replicas(_tally, 2, slack)
+    results = run_replicas(_tally, 2, slack, str(tmp_path / "store"))
     leads = []
     for replica, layers in enumerate(results):
         for seen in layers:
@@ -326,10 +335,11 @@ def test_what_a_replica_reads_of_each_layer(slack):
 
 
 @pytest.mark.parametrize(("whole", "period"), [(False, 1), (True, 1), (True, 3)])
-def test_without_slack_it_is_synchronous_descent_on_summed_updates(whole, period):
+def test_without_slack_it_is_synchronous_descent_on_summed_updates(tmp_path, whole, period):
     """Layer by layer and all at once, with one replica slow; over 2 epochs that are no multiple of the period."""
     without = EASGDStrategy(Downpour(period), Asynchronous(), slack=0, layerwise=not whole)
-    layerwise = run_replicas(_fit, 2, without, Deep, 2, 0)
+    behind = Behind(0, 0, str(tmp_path / "store"))
+    layerwise = run_replicas(partial(_fit, callbacks=[behind]), 2, without)
     summed = run_replicas(_fit, 2, EASGDStrategy(Downpour(period)))
     assert torch.equal(layerwise[0]["center"], layerwise[1]["center"])
     assert torch.equal(layerwise[0]["center"], layerwise[0]["module"])

@@ -154,7 +154,7 @@ def _grouped() -> Any:
     ("num_ranks", "strategies"), [(2, [_parle_replicas, _parle_averages, _elastic, _averaged]), (4, [_grouped])]
 )
 def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, num_ranks, strategies):
-    for rank, found in enumerate(run_replicas(_resume, num_ranks, str(tmp_path), num_ranks, strategies, timeout=120)):
+    for rank, found in enumerate(run_replicas(_resume, num_ranks, str(tmp_path), num_ranks, strategies)):
         for strategy, whole, again in found:
             expected = whole | {"batches": whole["batches"][-len(again["batches"]) :]}
             assert len(again["batches"]) < len(whole["batches"])

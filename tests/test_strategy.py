@@ -18,7 +18,7 @@ import torch.distributed as dist
 import lightning_easgd
 from lightning_easgd import EASGD, EASGDStrategy, ElasticMonitor
 from tests import modules
-from tests.helpers import run_replicas
+from tests.helpers import COMMAND_S, run_replicas
 from tests.modules import NAMESPACES, REGRESSIONS, BatchNormRegression, Regression, flat, linear_data, loader, trainer
 
 namespaces = pytest.mark.parametrize("namespace", list(NAMESPACES))
@@ -280,7 +280,7 @@ def test_a_checkpoint_is_an_ordinary_one_of_the_center(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     found = subprocess.run(
         [sys.executable, "-c", _VALIDATE, str(tmp_path / "last.ckpt"), str(tmp_path / "data.pt")],
-        capture_output=True, text=True, env=environment, check=True, cwd=tmp_path, timeout=60,
+        capture_output=True, text=True, env=environment, check=True, cwd=tmp_path, timeout=COMMAND_S,
     )  # fmt: skip
     assert json.loads(found.stdout.splitlines()[-1])[0]["val_loss"] == pytest.approx(logged, rel=1e-6)
 

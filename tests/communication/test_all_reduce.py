@@ -4,6 +4,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,19 @@ from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter, Trans
 from lightning_easgd.communication._c10d import Group, Store, new_group
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
-from tests.helpers import TIMEOUT, run_replicas, run_threads
+from tests.helpers import SOON_S, TIMEOUT, run_replicas, run_threads, shorten
+
+
+class _Gate(threading.Event):
+    """Says when somebody stands before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.reached.set()
+        return super().wait(timeout)
 
 
 class _GatedWork:
@@ -34,8 +47,8 @@ class _GatedGroup:
     def __init__(self, group: Group, gate: threading.Event) -> None:
         self._group, self._gate = group, gate
 
-    def broadcast(self, tensor: torch.Tensor, root: int) -> Any:
-        return self._group.broadcast(tensor, root)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
 
     def allreduce(self, tensors: list[torch.Tensor]) -> Any:
         return _GatedWork(self._group.allreduce(tensors), self._gate)
@@ -85,8 +98,16 @@ def test_an_exchange_is_waited_for_only_at_the_next(monkeypatch):
         assert traffic.exchanges == 6
 
 
-def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait():
+def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monkeypatch):
     """It is over before the next exchange asks for it: the wait is nothing, the hidden time is all of it."""
+    gates = [threading.Event() for _ in range(2)]
+    monkeypatch.setattr(
+        all_reduce, "new_group", lambda store, rank, *rest: _GatedGroup(new_group(store, rank, *rest), gates[rank])
+    )
+    hours = [0]  # that the clock has been put forward, while both replicas computed
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
+    monkeypatch.setattr(all_reduce, "time", clock)
+    computing = threading.Barrier(2, lambda: hours.__setitem__(0, hours[0] + 1), TIMEOUT.total_seconds())
 
     def body(replica, store):
         parameter = torch.ones(200_000)
@@ -96,16 +117,19 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait():
             for step in range(10):
 
                 def local_update(in_between=step % 2 == 1):
-                    if in_between:  # compute that lasts as long as the collective, whatever that takes here
+                    if in_between:  # compute that lasts as long as the collective
+                        computing.wait()
+                        gates[replica].set()
                         center._flight.thread.join(TIMEOUT.total_seconds())
                         assert not center._flight.thread.is_alive()
+                        gates[replica].clear()
 
                 algorithm.step(vector, center, local_update)
             center.drain()
         return center.traffic
 
     for traffic in run_threads(body, 2):
-        assert traffic.hidden_s > 0
+        assert traffic.hidden_s > 5 * 3600
         assert traffic.exposed_s < 0.2 * traffic.hidden_s
 
 
@@ -183,8 +207,7 @@ def test_a_failed_exchange_leaves_the_center_whole(monkeypatch):
     gone = threading.Event()
 
     def body(replica, store):
-        timeout = timedelta(seconds=2) if replica == 0 else TIMEOUT
-        with open_center(replica, store, torch.zeros(10_000), timeout=timeout) as center:
+        with open_center(replica, store, torch.zeros(10_000)) as center:
             center.push(torch.ones(10_000), read_at=0)
             before = center.pull().value.clone()
             if replica == 1:
@@ -192,12 +215,13 @@ def test_a_failed_exchange_leaves_the_center_whole(monkeypatch):
                 center.exchange(center.borrow().fill_(5.0), torch.Tensor.sub_)
                 assert gone.wait(TIMEOUT.total_seconds())
                 return before, before
+            shorten(center, timedelta(seconds=2))
             center.push(torch.ones(10_000), read_at=2)
             began = time.monotonic()
             with pytest.raises(TransportError, match="replica 0 of 2: the all-reduce that began .* was not applied"):
                 center.drain()
             gone.set()
-            assert time.monotonic() - began < 8
+            assert time.monotonic() - began < SOON_S
             with pytest.raises(TransportError, match="an all-reduce has failed before"):
                 center.push(torch.ones(10_000), read_at=2)
             return before, center.value.clone()
@@ -220,21 +244,25 @@ def test_an_exchange_may_begin_in_inference_mode_and_go_on_outside():
         assert torch.equal(value, torch.full((5,), 2.0))
 
 
-def test_close_does_not_wait_for_what_is_outstanding():
+def test_close_does_not_wait_for_what_is_outstanding(monkeypatch):
     """The other replica never comes to the exchange; the thread ends with the operation's timeout at the latest."""
+    gate = _Gate()
+    monkeypatch.setattr(all_reduce, "new_group", lambda *args: _GatedGroup(new_group(*args), gate))
 
     def body(replica, store):
-        center = open_center(replica, store, torch.zeros(5), timeout=timedelta(seconds=2))
+        center = open_center(replica, store, torch.zeros(5))
         if replica == 0:
+            center._group._group._set_default_timeout(timedelta(seconds=2))  # of the operation alone
             center.push(torch.ones(5), read_at=0)
             thread = center._flight.thread
-            began = time.monotonic()
+            assert gate.reached.wait(TIMEOUT.total_seconds())
             center.close()
-            assert time.monotonic() - began < 1
-            thread.join(8)
+            assert thread.is_alive()  # it stands before the gate
+            gate.set()
+            thread.join(2 * TIMEOUT.total_seconds())
             assert not thread.is_alive()
             store.set("closed", "")
-        store.wait(["closed"], TIMEOUT)
+        store.wait(["closed"], 2 * TIMEOUT)
         center.close()
 
     run_threads(body, 2)

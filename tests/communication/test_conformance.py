@@ -25,7 +25,7 @@ from lightning_easgd.communication import (
 from lightning_easgd.communication.shared_memory import SharedMemory
 from lightning_easgd.rules import Addition, CenterRule, OuterOptimizer
 from tests.communication.test_parameter_server import Apart, InPairs
-from tests.helpers import TIMEOUT, Replicas, run_replicas, run_threads
+from tests.helpers import SOON_S, TIMEOUT, Replicas, run_replicas, run_threads, shorten
 
 TRANSPORTS = [AllReduce(), SharedMemory(), Apart(), InPairs()]
 
@@ -313,14 +313,16 @@ def test_a_replica_that_never_comes_is_missed_within_the_timeout(transport):
     began = time.monotonic()
     with pytest.raises(TransportError, match="replica 0 of 2 could not open the"):
         open_center(transport, 0, dist.HashStore(), timeout=timedelta(seconds=1))
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < SOON_S
 
 
 def test_a_replica_that_never_pushes_holds_up_only_a_synchronous_center(transport):
     def body(replica, store):
-        with open_center(transport, replica, store, timeout=timedelta(seconds=2)) as center:
-            began = time.monotonic()
+        with open_center(transport, replica, store) as center:
             if replica == 0:
+                if transport.synchronous:
+                    shorten(center, timedelta(seconds=2))
+                began = time.monotonic()
                 center.push(torch.ones(5), read_at=center.pull().clock)
                 if transport.synchronous:
                     with pytest.raises(TransportError, match="replica 0 of 2: the all-reduce .* did not complete"):
@@ -334,7 +336,7 @@ def test_a_replica_that_never_pushes_holds_up_only_a_synchronous_center(transpor
             return 0.0, center.value.clone()
 
     (waited, value), _ = run_threads(body, 2)
-    assert waited < (8 if transport.synchronous else 2)
+    assert waited < SOON_S
     # Nothing of a failed exchange is applied.
     assert torch.equal(value, torch.arange(5.0) + (0 if transport.synchronous else 1))
 
@@ -472,7 +474,7 @@ def test_processes_hold_the_same_center_to_the_last_bit(transport, tmp_path):
 
 def _lose_a_peer(replica: int, transport: Transport, path: str) -> None:
     store = dist.FileStore(path, 2)
-    center = open_center(transport, replica, store, timeout=timedelta(seconds=30))
+    center = open_center(transport, replica, store)
     center.push(torch.ones(5), read_at=center.pull().clock)
     center.drain()
     meet(store, "pushed")
@@ -480,22 +482,25 @@ def _lose_a_peer(replica: int, transport: Transport, path: str) -> None:
     meet(store, "looked")
     if replica == 1:
         os._exit(3)  # as if killed: no destructor runs
+    deadline = time.monotonic() + SOON_S
     with center:
-        deadline = time.monotonic() + 20
         while not transport.synchronous and center.lost() != [1]:
             assert time.monotonic() < deadline, f"lost: {center.lost()}"
             time.sleep(0.01)  # between two looks
-        center.push(torch.ones(5), read_at=2)
-        assert torch.equal(center.pull().value, torch.arange(5.0) + 3)
+        try:
+            center.push(torch.ones(5), read_at=2)
+            assert torch.equal(center.pull().value, torch.arange(5.0) + 3)
+        except TransportError:
+            if time.monotonic() > deadline:
+                os._exit(4)
+            raise
 
 
 def test_the_death_of_a_peer_is_noticed_at_once(transport, tmp_path):
     """A synchronous center cannot go on and raises; another names the replica and goes on."""
-    began = time.monotonic()
     replicas = Replicas(_lose_a_peer, 2, transport, str(tmp_path / "store"))
     if transport.synchronous:
         assert replicas.join() == [1, 3]
         assert "TransportError: replica 0 of 2" in replicas.error(0)
     else:
         assert replicas.join() == [0, 3], replicas.error(0)
-    assert time.monotonic() - began < 25

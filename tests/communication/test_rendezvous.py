@@ -9,6 +9,7 @@ import pytest
 
 from lightning_easgd.communication import _rendezvous
 from lightning_easgd.communication._rendezvous import Rendezvous
+from tests.helpers import TIMEOUT
 
 POLL = timedelta(milliseconds=20)
 
@@ -19,16 +20,14 @@ def processes(count: int = 2) -> Iterator[list[Rendezvous]]:
     try:
         for rank in range(count):
             port = opened[0].port if opened else None
-            opened.append(
-                Rendezvous("127.0.0.1", port, rank=rank, world_size=count, timeout=timedelta(seconds=10), poll=POLL)
-            )
+            opened.append(Rendezvous("127.0.0.1", port, rank=rank, world_size=count, timeout=TIMEOUT, poll=POLL))
         yield opened
     finally:
         for rendezvous in reversed(opened):
             rendezvous.close()
 
 
-def eventually(condition, seconds: float = 10.0) -> bool:
+def eventually(condition, seconds: float = TIMEOUT.total_seconds()) -> bool:
     """Looks until the condition holds; the clock of the watcher is the only one there is to wait for."""
     waiting = threading.Event()
     for _ in range(int(seconds / 0.02)):
@@ -57,9 +56,9 @@ def test_a_failure_reaches_all_and_the_first_one_stays():
 
 
 def test_a_process_that_falls_silent_is_noticed(monkeypatch):
-    monkeypatch.setattr(_rendezvous, "_SILENCE_S", 0.5)
+    monkeypatch.setattr(_rendezvous, "_SILENCE_S", 2.0)
     with processes(3) as (first, second, third):
         assert eventually(lambda: 1 in first._beats and 2 in first._beats)
         second.close()  # counts no more, as if dead
         assert eventually(lambda: first.failure is not None and third.failure is not None)
-        assert first.failure == third.failure == "rank 1: no sign of life for 0 s"
+        assert first.failure == third.failure == "rank 1: no sign of life for 2 s"

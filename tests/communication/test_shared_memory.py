@@ -15,7 +15,7 @@ from lightning_easgd.communication import NonFiniteDeltaError, TransportError, _
 from lightning_easgd.communication._mapping import FREE_LOCK
 from lightning_easgd.communication.shared_memory import SharedCenter, SharedMemory
 from lightning_easgd.rules import Addition, CenterRule
-from tests.helpers import TIMEOUT, Replicas, run_replicas, run_threads
+from tests.helpers import SOON_S, TIMEOUT, Replicas, run_replicas, run_threads
 
 CHUNK = 64  # numbers
 SMALL_CHUNKS = SharedMemory(chunk_bytes=4 * CHUNK)
@@ -94,7 +94,7 @@ def _load(replica: int, path: str, num_exchanges: int) -> tuple[torch.Tensor, in
             total += amount
         if store.add("finished", 1) == 8:
             store.set("all finished", "")
-        store.wait(["all finished"], timedelta(seconds=60))
+        store.wait(["all finished"], 2 * TIMEOUT)
         snapshot = center.pull()
         result = snapshot.value.clone(), snapshot.clock, total
         if store.add("read", 1) == 8:
@@ -105,7 +105,7 @@ def _load(replica: int, path: str, num_exchanges: int) -> tuple[torch.Tensor, in
 
 @pytest.mark.slow
 def test_under_load_the_center_is_the_start_plus_all_deltas(tmp_path):
-    results = run_replicas(_load, 8, str(tmp_path / "store"), 1250, timeout=110)
+    results = run_replicas(_load, 8, str(tmp_path / "store"), 1250)
     total = sum(total for _, _, total in results)
     for value, clock, _ in results:
         assert clock == 10_000
@@ -127,7 +127,7 @@ def _victim_and_others(replica: int, path: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         chunk.fill_(1.0)
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
     n = 0
     while n < 200 or center.lost() != [2]:  # the others have to do with the victim's whole life, and with what follows
         center.exchange(x, ones_or_death).wait()
@@ -202,9 +202,9 @@ def test_a_lock_that_is_never_given_back_runs_into_the_timeout(lock):
             ("exchange", lambda: center.exchange(torch.ones(20 * CHUNK), set_to_one)),
             ("pull", center.pull),
         ):
-            with pytest.raises(TransportError, match=f"replica 0 of 2: its {operation} waited 0.3 s for a lock"):
+            with pytest.raises(TransportError, match=rf"replica 0 of 2: its {operation} waited \d+\.\d s for a lock"):
                 call()
-        assert 0.9 < time.monotonic() - began < 5
+        assert 0.9 < time.monotonic() - began < SOON_S
         assert center.traffic.wait_s > 0.8
         other._mapping.unlock(lock)
         assert center.pull().clock == 0  # what failed does not count
