@@ -255,6 +255,44 @@ def test_the_velocity_is_that_of_the_fragment():
     assert torch.isfinite(results[0]["center"]).all()
 
 
+class _Thaw(modules.pytorch_lightning.Callback):
+    """Freezes the first layer, and thaws it as the third epoch begins."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            pl_module.net[0].requires_grad_(True)
+
+
+def _fit_thawing(replica: int) -> Any:
+    return _fit(replica, EASGDStrategy(EASGD(PERIOD), fragments=3), callbacks=[_Thaw()])
+
+
+def test_a_fragment_may_be_empty_until_its_parameters_are_thawed():
+    results = run_replicas(_fit_thawing, 2)
+    start = dict(Regression().named_parameters())
+    for result in results:
+        assert sorted(name for names in result["names"] for name in names) == sorted(start)
+        assert torch.equal(result["center"], results[0]["center"])
+    assert not torch.equal(results[0]["replica"], results[1]["replica"])
+    assert not torch.equal(results[0]["center"][:32], start["net.0.weight"].detach().flatten())
+
+
+def _fit_pairs(replica: int) -> Any:
+    strategy = EASGDStrategy(EASGD(PERIOD), fragments=2, replica_size=2)
+    return _fit(replica, strategy, devices=4)
+
+
+def test_replicas_of_two_ranks_exchange_in_fragments():
+    results = run_replicas(_fit_pairs, 4)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["center"], results[0]["center"])
+        assert torch.equal(result["replica"], results[rank // 2 * 2]["replica"])
+    assert not torch.equal(results[0]["replica"], results[2]["replica"])
+
+
 def _lopsided(replica: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
