@@ -47,7 +47,7 @@ from lightning_easgd.rules import CenterRule
 __all__ = ["AllReduce"]
 
 # Bytes of a chunk, in the center's dtype. On the CPU small enough for the cache; on a device each launch has its price.
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 _NUM_LANES = 4  # chunks that are under way at once, and may be before a lent vector is given back
 
 
