@@ -502,11 +502,12 @@ class ElasticStrategy(_DDPStrategy):
     @torch.no_grad()
     def _start_from_replica_0(self, group: Group) -> None:
         """Gives every replica the parameters and buffers of replica 0."""
-        tensors = [*self._module.parameters(), *self._module.buffers()]
-        values = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+        tensors = [t.detach() for t in (*self._module.parameters(), *self._module.buffers())]
+        values = [t if t.is_contiguous() else t.clone(memory_format=torch.contiguous_format) for t in tensors]
         broadcast_bytes(group, values)
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+            if value is not tensor:
+                tensor.copy_(value)
 
     def _open_couplings(self) -> None:
         assert self._rendezvous is not None

@@ -16,6 +16,8 @@ else:
 
 __all__ = ["AllgatherOptions", "Group", "PrefixStore", "Store", "TCPStore", "Work", "broadcast_bytes", "new_group"]
 
+_MESSAGE_BYTES = 4 << 20
+
 
 class Work(Protocol):
     """An operation in flight."""
@@ -79,10 +81,25 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
 
 
 def broadcast_bytes(group: Group, tensors: Iterable[Tensor]) -> None:
-    """Replaces contiguous tensors of any dtype by those of rank 0, to the last bit, in one message. Collective."""
-    parts = [t.view(-1).view(torch.uint8) for t in tensors if t.numel()]
-    if parts:
-        message = torch.cat(parts)
-        group.broadcast(message, 0).wait()
-        for part, value in zip(parts, message.split_with_sizes([p.numel() for p in parts]), strict=True):
-            part.copy_(value)
+    """Replaces contiguous tensors of any dtype by those of rank 0, to the last bit. Collective.
+
+    Small ones go together, in messages of some megabytes; a larger one is a message by itself, without a copy.
+    """
+    together: list[Tensor] = []
+    for part in (t.view(-1).view(torch.uint8) for t in tensors if t.numel()):
+        if part.numel() >= _MESSAGE_BYTES:
+            group.broadcast(part, 0).wait()
+            continue
+        together.append(part)
+        if sum(p.numel() for p in together) >= _MESSAGE_BYTES:
+            _broadcast_together(group, together)
+            together = []
+    if together:
+        _broadcast_together(group, together)
+
+
+def _broadcast_together(group: Group, parts: list[Tensor]) -> None:
+    message = torch.cat(parts)
+    group.broadcast(message, 0).wait()
+    for part, value in zip(parts, message.split_with_sizes([p.numel() for p in parts]), strict=True):
+        part.copy_(value)
