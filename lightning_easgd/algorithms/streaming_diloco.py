@@ -59,7 +59,7 @@ class StreamingDiLoCo(Accumulation):
         outer_lr: float = 0.4,
         outer_momentum: float = 0.9,
     ) -> None:
-        """Creates the algorithm. The defaults but the period are the paper's.
+        """Creates the algorithm. Mixing and the outer step are the paper's; period and delay are chosen here.
 
         Args:
             period: H, optimizer steps from one sending to the next, >= 1.
