@@ -78,13 +78,12 @@ def step_fragments(
         fragment.step(update, recover=None if recover is None else partial(recover_all, fragment), at=at)
 
     # Who does nothing after the local update comes before it; only who exchanges is wound around it.
-    exchanging = [fragment for fragment in fragments if fragment.algorithm.is_due or fragment.algorithm.is_ending]
-    for fragment in fragments:
-        if fragment not in exchanging:
-            step(fragment, _nothing)
     update = local_update
-    for fragment in exchanging:
-        update = partial(step, fragment, update)
+    for fragment in fragments:
+        if fragment.algorithm.is_due or fragment.algorithm.is_ending:
+            update = partial(step, fragment, update)
+        else:
+            step(fragment, _nothing)
     update()
 
 
@@ -103,11 +102,6 @@ def refuse_fragments(algorithm: Algorithm, number: object, *, layerwise: bool, s
             f"EASGDStrategy({algorithm!r}, fragments={number}): this algorithm's exchange is one of all parameters; "
             "leave fragments out, or take EASGD(), EAMSGD() or LocalSGD()"
         )
-    if number > algorithm.period:
-        raise ValueError(
-            f"EASGDStrategy({algorithm!r}, fragments={number}): each has a step of the period to itself; at most "
-            f"fragments={algorithm.period}, or a longer period"
-        )
     if layerwise:
         raise ValueError(
             f"EASGDStrategy(layerwise=True, fragments={number}): every layer has an exchange of its own as it is; "
@@ -117,4 +111,9 @@ def refuse_fragments(algorithm: Algorithm, number: object, *, layerwise: bool, s
         raise ValueError(
             f"EASGDStrategy(slack={slack}, fragments={number}): a gate lets a replica through with all it has; leave "
             "one of the two out"
+        )
+    if number > algorithm.period:
+        raise ValueError(
+            f"EASGDStrategy({algorithm!r}, fragments={number}): each has a step of the period to itself; at most "
+            f"fragments={algorithm.period}, or a longer period"
         )

@@ -316,7 +316,10 @@ def test_a_fragment_much_larger_than_the_others_is_warned_of():
         (lambda: EASGDStrategy(ADMM(), fragments=2), r"ADMM\(.*one of all parameters"),
         (lambda: EASGDStrategy(EASGD(early_exchange=True), fragments=2), r"early_exchange=True.*one of all parameters"),
         (lambda: EASGDStrategy(Downpour(4), Asynchronous(), slack=1, fragments=2), r"slack=1, fragments=2"),
-        (lambda: EASGDStrategy(Downpour(1), Asynchronous(), layerwise=True, fragments=2), r"at most fragments=1"),
+        (
+            lambda: EASGDStrategy(Downpour(1), Asynchronous(), layerwise=True, fragments=2),
+            r"every layer has an exchange of its own",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_at_once(make, message):

@@ -86,14 +86,16 @@ def broadcast_bytes(group: Group, tensors: Iterable[Tensor]) -> None:
     Small ones go together, in messages of some megabytes; a larger one is a message by itself, without a copy.
     """
     together: list[Tensor] = []
+    size = 0
     for part in (t.view(-1).view(torch.uint8) for t in tensors if t.numel()):
         if part.numel() >= _MESSAGE_BYTES:
             group.broadcast(part, 0).wait()
             continue
         together.append(part)
-        if sum(p.numel() for p in together) >= _MESSAGE_BYTES:
+        size += part.numel()
+        if size >= _MESSAGE_BYTES:
             _broadcast_together(group, together)
-            together = []
+            together, size = [], 0
     if together:
         _broadcast_together(group, together)
 
