@@ -8,6 +8,7 @@ by the number of steps differs between replicas.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,12 +20,15 @@ from lightning_easgd.communication._rendezvous import Rendezvous
 
 __all__ = ["END_OF_EPOCH", "END_OF_TRAINING", "EVALUATION", "STOP", "FreeRunning", "StoppedByAnother"]
 
+log = logging.getLogger(__name__)
+
 EVALUATION, END_OF_EPOCH, END_OF_TRAINING = "an evaluation", "the end of an epoch", "the end of training"
 STOP = "a request to stop"
 # Who is ahead waits until the others are there too; who is behind leaves its evaluation out.
 _AHEAD = {END_OF_EPOCH: 1, END_OF_TRAINING: 2}
 _LOOK_S = 0.01  # between two looks at the store
-_FAREWELL_S = 5.0
+# How long the process with the store stays for those who are about to leave; a silent death is known before that.
+_FAREWELL_S = 60.0
 
 
 class StoppedByAnother(Exception):
@@ -121,7 +125,7 @@ class FreeRunning:
             write: ``write(path, save)`` writes this replica's file of a checkpoint; called when replica 0 saves one.
             stop: whether this process was asked to stop.
             for_good: whether this is the last that the replicas have to do with each other. Replica 0, with whose
-                process the store ends, then waits a moment until the others have left.
+                process the store ends, then stays until the others have left or one of them has failed.
 
         Returns:
             Whether some replica was asked to stop.
@@ -134,7 +138,10 @@ class FreeRunning:
         elif for_good:
             others = [f"left/{rank}" for rank in range(1, self._world_size)]
             began = time.monotonic()
-            while not self._store.check(others) and time.monotonic() - began < _FAREWELL_S:
+            while not self._store.check(others) and self._rendezvous.failure is None:
+                if time.monotonic() - began > _FAREWELL_S:
+                    log.warning("rank 0 leaves with the store although not all others have said goodbye")
+                    break
                 time.sleep(_LOOK_S)
         return STOP in said
 

@@ -20,7 +20,7 @@ __all__ = ["Rendezvous"]
 log = logging.getLogger(__name__)
 
 _FAILURE, _STOP, _END = "failure", "stop", "end"
-_FAREWELL = timedelta(seconds=2)
+_FAREWELL = timedelta(seconds=10)  # the others look once a second; a busy machine may stand still
 # A watcher counts about once a second, whatever its main thread does, unless something holds Python's lock.
 _SILENCE_S = 30.0
 

@@ -418,7 +418,8 @@ def _stop_the_server(replica: int, path: str) -> float:
         began = time.monotonic()
         try:
             with pytest.raises(
-                TransportError, match=r"replica 1 of 2: reading the center on .* failed after \d+\.\d s"
+                TransportError,
+                match=r"replica 1 of 2: (asking for|reading) the center on .* \(replica 0\) failed after \d+\.\d s",
             ):
                 center.pull()
             waited = time.monotonic() - began
