@@ -184,7 +184,7 @@ def strategy_of(method: str, args: argparse.Namespace) -> str | EASGDStrategy:
         case "elastic_sgd":
             algorithm = ElasticSGD(coupling=args.coupling, scoping=args.scoping)
         case "easgd":
-            algorithm = EASGD(period=args.period)
+            algorithm = EASGD(period=args.period, center_rate=0.9)  # both rates as in the paper
     return EASGDStrategy(algorithm, replica_size=args.replica_size, data=args.data_split)
 
 

@@ -45,9 +45,9 @@ def by_fragment(
     return fragments
 
 
-def first_clock(index: int, number: int, period: int) -> int:
+def first_clock(index: int, number: int, algorithm: Algorithm) -> int:
     """Returns what the clock of a fragment's algorithm begins with, so that its exchanges have their place."""
-    return -(index * period // number) % period
+    return (algorithm.initial_clock - index * algorithm.period // number) % algorithm.period
 
 
 def step_fragments(

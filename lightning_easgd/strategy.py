@@ -523,7 +523,7 @@ class ElasticStrategy(_DDPStrategy):
             center = self._open_center(f"coupling/{index}", vector.read())
             algorithm = copy.deepcopy(self.algorithm)
             algorithm.bind(optimizer, list(parameters.values()))
-            algorithm.clock = first_clock(index % self.fragments, self.fragments, algorithm.period)
+            algorithm.clock = first_clock(index % self.fragments, self.fragments, algorithm)
             coupling = Coupling(list(parameters), vector, algorithm, center, copy.deepcopy(self.average))
             coupling.report_every = self._report_every
             coupling.turnstile = self._open_turnstile(f"gate/{index}")

@@ -127,7 +127,7 @@ class Probe(Callback):
             self.kept["replica"] = flat(pl_module)
             self.kept["parts"] = {name: flat(part) for name, part in pl_module.named_children()}
         self.kept["initial_parts"] = self.initial_parts
-        self.kept["clocks"] = [c.algorithm.clock for c in strategy.couplings]
+        self.kept["clocks"] = [c.algorithm.clock - c.algorithm.initial_clock for c in strategy.couplings]
         self.kept["pushes"] = self.pushes
         self.kept["moved"] = float((self.kept["center"].double() - self.kept["initial"].double()).norm())
         self.kept["steps"] = trainer.global_step
@@ -148,7 +148,7 @@ def fit(
 
 
 def exchanges(steps: int, period: int = 3) -> int:
-    return math.ceil(steps / period)
+    return steps // period
 
 
 # --- several optimizers ----------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_lbfgs_counts_once_a_step():
     for result in results_of(lbfgs):
         assert result["closures"] > 4
         assert result["clocks"] == [4]
-        assert result["pushes"] == [2]
+        assert result["pushes"] == [1]
 
 
 @case("optimizers")
@@ -540,13 +540,13 @@ def learning_rates(replica, folder):
 def test_learning_rates_are_monitored():
     first, _ = results_of(learning_rates)
     assert first["rates"] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025, 0.0125, 0.0125]
-    assert first["pushes"] == [3]
+    assert first["pushes"] == [2]
 
 
 @case("callbacks")
 def swa(replica, folder):
     callback = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=1)
-    result = fit(Regression(), max_epochs=5, callbacks=[callback])
+    result = fit(Regression(), rate=0.3, max_epochs=5, callbacks=[callback])
     return {**result, "average": flat(callback._average_model)}
 
 
@@ -839,7 +839,7 @@ def test_two_trainers_one_after_the_other():
     for runs in zip(*results_of(fit_twice), strict=True):
         assert torch.equal(runs[0]["center"], runs[1]["center"])
         assert runs[0]["clocks"] == [8]
-        assert runs[0]["pushes"] == [3]
+        assert runs[0]["pushes"] == [2]
 
 
 @case("trainer")
@@ -941,7 +941,8 @@ def _skipped_amp_step(replica: int) -> Any:
 
         def on_train_end(self, trainer, pl_module):
             coupling = trainer.strategy.couplings[0]
-            self.clock, self.exchanges = coupling.algorithm.clock, coupling.center.traffic.exchanges
+            self.clock = coupling.algorithm.clock - coupling.algorithm.initial_clock
+            self.exchanges = coupling.center.traffic.exchanges
 
     module, counts = Overflow(), Applied()
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))

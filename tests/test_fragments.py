@@ -53,10 +53,11 @@ def test_no_parameter_is_cut():
 
 @pytest.mark.parametrize(("number", "period"), [(1, 1), (1, 10), (3, 10), (10, 10), (4, 6), (7, 500)])
 def test_exchanges_are_spread_evenly_over_the_period(number, period):
-    clocks = [first_clock(k, number, period) for k in range(number)]
-    due_at = [next(t for t in range(period) if (clock + t) % period == 0) for clock in clocks]
-    assert due_at == [k * period // number for k in range(number)]
-    assert len(set(due_at)) == number
+    for algorithm, first in ((LocalSGD(period), 0), (EASGD(period), period - 1)):
+        clocks = [first_clock(k, number, algorithm) for k in range(number)]
+        due_at = [next(t for t in range(period) if (clock + t) % period == 0) for clock in clocks]
+        assert due_at == [(first + k * period // number) % period for k in range(number)]
+        assert len(set(due_at)) == number
 
 
 # --- under a Trainer ---
@@ -110,7 +111,7 @@ def test_each_fragment_is_the_dense_recurrence_at_steps_of_its_own():
     assert results[0]["steps"] == results[1]["steps"] == STEPS
     counts, expected = [0, 0], []
     for step in range(STEPS):
-        due = [k for k in range(2) if (step - k * PERIOD // 2) % PERIOD == 0]
+        due = [k for k in range(2) if (step - (PERIOD - 1) - k * PERIOD // 2) % PERIOD == 0]
         forces = [[RATE * (p.detach() - c) for p, c in zip(r.parameters(), center, strict=True)] for r in replicas]
         for r, optimizer, result in zip(replicas, optimizers, results, strict=True):
             optimizer.zero_grad()

@@ -68,7 +68,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _two_hundred_steps(rank: int) -> Any:
-    strategy = EASGDStrategy(EASGD(period=PERIOD), replica_size=2)
+    strategy = EASGDStrategy(EASGD(period=PERIOD, center_rate=0.9), replica_size=2)
     return _fit(rank, Noisy, strategy, max_epochs=40, check_val_every_n_epoch=20)
 
 
@@ -108,7 +108,7 @@ def test_two_replicas_of_two_equal_the_dense_recurrence():
             for member in (0, 1):
                 (r.loss(results[2 * i + member]["batches"][step]) / 2).backward()
             optimizer.step()
-        if step % PERIOD == 0:
+        if step % PERIOD == PERIOD - 1:
             for r, force in zip(replicas, forces, strict=True):
                 torch.nn.utils.vector_to_parameters(flat(r) - force, r.parameters())
             center = center + sum(forces)

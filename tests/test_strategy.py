@@ -72,7 +72,7 @@ def test_two_processes_equal_the_dense_recurrence():
             optimizer.zero_grad()
             r.loss(result["batches"][step]).backward()
             optimizer.step()
-        if step % PERIOD == 0:
+        if step % PERIOD == PERIOD - 1:
             for r, force in zip(replicas, forces, strict=True):
                 torch.nn.utils.vector_to_parameters(flat(r) - force, r.parameters())
             center = center + sum(forces)
@@ -350,10 +350,10 @@ def _count_calls(replica: int, folder: str) -> Any:
 
 
 def test_between_two_exchanges_nothing_is_communicated(tmp_path):
-    """With accumulation over 2 batches and period 3, the exchanges lie in batches 1, 7, 13 and 19, and nowhere else."""
+    """With accumulation over 2 batches and period 3, the exchanges lie in batches 5, 11, 17, 23, and nowhere else."""
     for calls, names, steps in run_replicas(_count_calls, 2, str(tmp_path)):
         assert steps == 12
-        assert set(calls) == {1, 7, 13, 19}, names
+        assert set(calls) == {5, 11, 17, 23}, names
         assert names == {"all-reduce: ProcessGroupGloo.allreduce": 2 * 4}  # the parameters; count and slots
 
 
@@ -380,7 +380,8 @@ def _thaw(replica: int) -> Any:
             with trainer.strategy.weights_of("replica"):
                 self.replica = flat(pl_module)
             self.names = trainer.strategy.couplings[0].names
-            self.clock = trainer.strategy.couplings[0].algorithm.clock
+            algorithm = trainer.strategy.couplings[0].algorithm
+            self.clock = algorithm.clock - algorithm.initial_clock
 
     class Module(Regression):
         def configure_optimizers(self):
@@ -631,7 +632,8 @@ def test_weights_of_asks_for_one_of_two():
 def _monitor(replica: int, folder: str) -> Any:
     from pytorch_lightning.loggers import CSVLogger
 
-    t = trainer(strategy=EASGDStrategy(EASGD(period=4)), logger=CSVLogger(folder, version=0), max_epochs=2)
+    strategy = EASGDStrategy(EASGD(period=4, center_rate=0.9))
+    t = trainer(strategy=strategy, logger=CSVLogger(folder, version=0), max_epochs=2)
     t.fit(Regression(), loader())
     monitors = [c for c in t.callbacks if isinstance(c, ElasticMonitor)]
     return len(monitors), {k: float(v) for k, v in t.callback_metrics.items()}
@@ -655,7 +657,8 @@ def test_the_monitor_comes_by_itself_and_logs(tmp_path):
     with open(folder / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["easgd/exchanges"]]
     assert [float(row["easgd/exchanges"]) for row in rows] == [1, 2, 3, 4]
-    assert float(rows[0]["easgd/consensus_distance"]) == 0  # all start at the center
+    assert [int(row["step"]) for row in rows] == [3, 7, 11, 15]
+    assert float(rows[0]["easgd/consensus_distance"]) > 0  # the exchange in step 0 would be of nothing
     hyperparameters = (folder / "hparams.yaml").read_text()
     for line in ("strategy: EASGDStrategy", "algorithm: EASGD", "period: 4", "moving_rate: 0.45", "num_replicas: 2"):
         assert line in hyperparameters

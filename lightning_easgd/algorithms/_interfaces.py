@@ -143,7 +143,10 @@ class Algorithm(ABC):
 
     Attributes:
         period: communication period tau, in optimizer steps, >= 1.
-        clock: optimizer steps that this replica has begun with this coupling.
+        clock: optimizer steps that this replica has begun with this coupling, counted from ``initial_clock``.
+        initial_clock: what a run sets the clock to before its first step; 1 where an exchange in that step, at which
+            all replicas are still at the center, would be of nothing. An evaluation after whole periods then sees a
+            center that lacks one step, not a period.
         batches_per_epoch: mini-batches in an epoch of one replica, each of them an optimizer step; the same number on
             all. Set before the first step where ``needs_batches_per_epoch``; None where the training data have no
             length.
@@ -160,6 +163,7 @@ class Algorithm(ABC):
 
     period: int
     clock: int = 0
+    initial_clock: int = 0
     batches_per_epoch: int | None = None
     needs_batches_per_epoch: bool = False
     synchronous_only: ClassVar[bool] = False

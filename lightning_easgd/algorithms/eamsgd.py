@@ -49,6 +49,7 @@ class EAMSGD(Algorithm):
     """
 
     separable = True
+    initial_clock = 1
 
     def __init__(self, period: int = 10, moving_rate: float | None = None, center_rate: float | None = None) -> None:
         """Creates the algorithm. The arguments, their defaults and errors are those of ``EASGD``."""

@@ -30,9 +30,17 @@ and the center sees the replica as it is at the end of the period::
 
 It joins the family: alpha = 1, beta = p is DOWNPOUR over a synchronous center, alpha = beta = 1 local SGD.
 
-Departures: alpha does not follow the learning rate's schedule (as in the authors' code; the paper's alpha = eta rho
-has a constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.02216, chapter 5). With
-``early_exchange`` a replica need not wait for its period's end: see ``equilibrium``.
+Drift: where every replica alone would move by d a period, all and the center come to move by
+``beta / (alpha + beta) d``. With beta = p alpha that is p / (p + 1): the center weighs like one more replica, which has
+no gradient. With two replicas a third of the learning rate is lost. So unless a rate is given, alpha is at most 0.1,
+which the paper's own is from nine replicas on: the drift is at least 0.9 d. ``EASGD(center_rate=0.9)`` is the paper's
+with any number of them. In Gauss-Seidel order the replica is pulled to a center that has seen it, next to nothing is
+lost, and alpha is beta / p.
+
+Departures: a run begins with t = 1, since all replicas start at the center; so the center after whole periods lacks one
+step. alpha does not follow the learning rate's schedule (as in the authors' code; the paper's alpha = eta rho has a
+constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.02216, chapter 5). With ``early_exchange`` a
+replica need not wait for its period's end: see ``equilibrium``.
 """
 
 import math
@@ -51,6 +59,7 @@ from lightning_easgd.algorithms.equilibrium import Equilibrium
 __all__ = ["EASGD", "displacement_"]
 
 CENTER_RATE = 0.9  # beta; section 5 of arXiv:1412.6651
+MOST_MOVING_RATE = 0.1  # alpha, where no rate is given; see "Drift" above
 
 
 def displacement_(x: Tensor, center: Tensor) -> None:
@@ -82,7 +91,8 @@ class EASGD(Algorithm):
         Args:
             period: tau, optimizer steps from one exchange to the next, >= 1. Default 10 (section 5 of the paper, when
                 the number of replicas varies).
-            moving_rate: alpha. Default ``center_rate / num_replicas``. Independent of the learning rate's schedule.
+            moving_rate: alpha. Default ``center_rate / num_replicas``, the paper's; in Jacobi order at most 0.1 unless
+                ``center_rate`` is given. Independent of the learning rate's schedule.
             center_rate: beta. Default ``num_replicas * moving_rate`` if that is given, else 0.9 (section 5).
             order: "jacobi", the paper's, or "gauss_seidel".
             early_exchange: whether to exchange as soon as going on alone gains no more than ``margin``, and to count
@@ -113,6 +123,8 @@ class EASGD(Algorithm):
         self._buffer: Tensor | None = None
         self._anchor: Tensor | None = None  # in Gauss-Seidel order: the center that was pulled, and its clock
         self._read_at = 0
+        # Others must read the center in their first step: a period begins with it, or it tells when the next is due.
+        self.initial_clock = 0 if early_exchange or order == "gauss_seidel" else 1
         self.asynchronous_only = early_exchange
         self.separable = not early_exchange  # whose trigger is a distance of the whole
         self._equilibrium = Equilibrium(margin) if early_exchange else None
@@ -128,11 +140,16 @@ class EASGD(Algorithm):
         """Whether the next ``step`` adds to the center: one that is due, or in Gauss-Seidel order a period's last."""
         return self.is_due if self.order == "jacobi" else self.clock % self.period == self.period - 1
 
+    @property
+    def _has_default_rates(self) -> bool:
+        return self.moving_rate is None and self.center_rate is None and self.order == "jacobi"
+
     def rates(self, num_replicas: int) -> tuple[float, float]:
         """Returns (alpha, beta) as they are with so many replicas."""
         if self.moving_rate is None:
             beta = CENTER_RATE if self.center_rate is None else self.center_rate
-            return beta / num_replicas, beta
+            at_most = MOST_MOVING_RATE if self._has_default_rates else math.inf
+            return min(beta / num_replicas, at_most), beta
         beta = num_replicas * self.moving_rate if self.center_rate is None else self.center_rate
         return self.moving_rate, beta
 
@@ -158,7 +175,7 @@ class EASGD(Algorithm):
             raise ValueError(
                 f"{given}: no step size is stable with a moving rate of {alpha:g} and a center rate of {beta:g}; a "
                 f"moving rate above 0 and below 2 / (num_replicas + 1) = {2 / (num_replicas + 1):g} can be, "
-                f"{CENTER_RATE / num_replicas:g} is the default"
+                f"{EASGD().rates(num_replicas)[0]:g} is the default"
             )
         if stable[0] > 0:
             warnings.warn(
@@ -194,8 +211,8 @@ class EASGD(Algorithm):
         if exchange:
             alpha, beta = self.rates(center.num_replicas)
             self._due_at = self.clock + self.period
-            # beta = p alpha unless both are given, but p alpha / p is not alpha in floating point.
-            apart = self.moving_rate is not None and self.center_rate is not None
+            # beta = p alpha where one of them is given, but p alpha / p is not alpha in floating point.
+            apart = self._has_default_rates or (self.moving_rate is not None and self.center_rate is not None)
             gain = beta / center.num_replicas if apart else alpha
             x = replica.read(out=center.borrow() if equilibrium is None else self._buffer)  # before anything moves
             pending = center.exchange(x, displacement_, scale=gain)  # c <- c + alpha (x - c)

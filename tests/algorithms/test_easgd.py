@@ -35,7 +35,35 @@ def test_defaults():
     assert algorithm.period == 10
     assert algorithm.clock == 0
     for p in (1, 2, 3, 4, 7, 16):
-        assert algorithm.rates(p) == (0.9 / p, 0.9)
+        assert algorithm.rates(p) == (min(0.9 / p, 0.1), 0.9)
+        assert EASGD(center_rate=0.9).rates(p) == (0.9 / p, 0.9)  # the paper's
+        assert EASGD(order="gauss_seidel").rates(p) == (0.9 / p, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_replicas", "drift"),
+    [
+        (EASGD(4, center_rate=0.9), 2, 2 / 3),  # the paper's rates: p / (p + 1)
+        (EASGD(4, center_rate=0.9), 4, 4 / 5),
+        (EASGD(4, moving_rate=0.05), 7, 7 / 8),
+        (EASGD(4), 2, 0.9),
+        (EASGD(4), 4, 0.9),
+        (EASGD(4), 16, 16 / 17),
+        (EASGD(4, moving_rate=0.3, center_rate=0.5), 3, 0.5 / 0.8),
+    ],
+    ids=repr,
+)
+def test_what_is_left_of_a_common_drift(algorithm, num_replicas, drift):
+    """Where all replicas move by d a period, they and the center come to move by beta / (alpha + beta) d."""
+    replicas = vectors([0.0] * num_replicas)
+    center = SynchronousCenter(replicas[0].read(), num_replicas)
+    algorithms = [copy.deepcopy(algorithm) for _ in replicas]
+    updates = [lambda r=r: r.add_(torch.ones_like(r.read()), alpha=1 / 4) for r in replicas]
+    run_synchronous(algorithms, replicas, updates, 400, center=center)
+    before = [center.value.clone(), *(r.read().clone() for r in replicas)]
+    run_synchronous(algorithms, replicas, updates, 4, center=center)
+    for now, then in zip([center.value, *(r.read() for r in replicas)], before, strict=True):
+        torch.testing.assert_close(now - then, torch.full_like(then, drift), rtol=1e-10, atol=0)
 
 
 def test_each_rate_follows_from_the_other():
@@ -71,8 +99,8 @@ def test_check_refuses_rates_that_no_step_size_makes_stable(moving_rate, num_rep
     assert str(raised.value) == (
         f"EASGD(period=10, moving_rate={moving_rate}, center_rate=None) with {num_replicas} replicas: no step size is "
         f"stable with a moving rate of {moving_rate:g} and a center rate of {num_replicas * moving_rate:g}; a moving "
-        f"rate above 0 and below 2 / (num_replicas + 1) = {2 / (num_replicas + 1):g} can be, {0.9 / num_replicas:g} "
-        "is the default"
+        f"rate above 0 and below 2 / (num_replicas + 1) = {2 / (num_replicas + 1):g} can be, "
+        f"{min(0.9 / num_replicas, 0.1):g} is the default"
     )
 
 
@@ -117,7 +145,7 @@ def test_hyperparameters_are_the_rates_in_force():
     assert EASGD().hyperparameters(4) == {
         "algorithm": "EASGD",
         "period": 10,
-        "moving_rate": 0.225,
+        "moving_rate": 0.1,
         "center_rate": 0.9,
     }
     values = EASGD(period=2, moving_rate=0.25).hyperparameters(2)

@@ -336,6 +336,11 @@ def nothing() -> None:
     pass
 
 
+def with_one_rate(moving_rate: float | None) -> EASGD:
+    """The paper's form, beta = p alpha; with its own center rate where no moving rate is given."""
+    return EASGD(1, center_rate=0.9) if moving_rate is None else EASGD(1, moving_rate)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (F64, 1e-12)])
 @pytest.mark.parametrize(("p", "moving_rate"), [(1, 0.5), (2, 0.45), (3, 0.1), (4, None), (16, None)])
 def test_exchange_conserves_the_sum_of_replicas_and_center(p, moving_rate, dtype, tolerance):
@@ -345,7 +350,7 @@ def test_exchange_conserves_the_sum_of_replicas_and_center(p, moving_rate, dtype
         return torch.stack([*(r.read() for r in replicas), center.value]).to(F64).sum(0)
 
     before, x = total(), [r.read() for r in replicas]
-    run_synchronous([EASGD(1, moving_rate) for _ in range(p)], replicas, [nothing] * p, 1, center=center)
+    run_synchronous([with_one_rate(moving_rate) for _ in range(p)], replicas, [nothing] * p, 1, center=center)
     assert float((total() - before).norm() / before.norm()) < tolerance
     assert all(not torch.equal(r.read(), old) for r, old in zip(replicas, x, strict=True))
     assert center.clock == p
@@ -356,7 +361,7 @@ def test_gradients_change_the_sum_by_themselves_alone():
     replicas, center = random_state(p, 50, F64)
     x = torch.stack([r.read() for r in replicas])
     before = x.sum(0) + center.value
-    run_synchronous([EASGD(1) for _ in range(p)], replicas, quadratic_steps(replicas, eta), 1, center=center)
+    run_synchronous([with_one_rate(None) for _ in range(p)], replicas, quadratic_steps(replicas, eta), 1, center=center)
     after = torch.stack([r.read() for r in replicas]).sum(0) + center.value
     torch.testing.assert_close(after, before - eta * x.sum(0), rtol=0, atol=1e-13)
 
@@ -382,7 +387,7 @@ class _Recorded:
 def moves_and_pushes(p: int, moving_rate: float | None) -> tuple[list[Tensor], list[Tensor]]:
     plain, center = random_state(p, 100, F64)
     replicas = [_Recorded(r) for r in plain]
-    run_synchronous([EASGD(1, moving_rate) for _ in range(p)], replicas, [nothing] * p, 1, center=center)
+    run_synchronous([with_one_rate(moving_rate) for _ in range(p)], replicas, [nothing] * p, 1, center=center)
     assert center.clock == p  # the round is complete
     assert float(center.value.norm()) > 0
     assert all(len(r.moves) == 1 for r in replicas)
@@ -595,7 +600,7 @@ def test_momentum_is_a_negative_moving_rate(momentum):
 def test_bfloat16_replicas_are_drawn_together_by_a_center_in_float32():
     replicas = [ParameterVector([torch.full((4,), v, dtype=torch.bfloat16)]) for v in (-1.0, 1.0, 3.0)]
     center = SynchronousCenter(torch.zeros(4), 3)
-    run_synchronous([EASGD(1) for _ in replicas], replicas, [nothing] * 3, 60, center=center)
+    run_synchronous([with_one_rate(None) for _ in replicas], replicas, [nothing] * 3, 60, center=center)
     assert center.value.dtype == torch.float32
     # The sum (-1 + 1 + 3 + 0) is shared by four, up to bfloat16's rounding of what the replicas move by.
     for value in (center.value, *(r.read() for r in replicas)):
