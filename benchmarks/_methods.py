@@ -61,14 +61,27 @@ class Job:
         return DataLoader(Batches(self.data, self.replica, self.num_replicas, self.seed), batch_size=None)
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a replica is to do next.
+
+    Attributes:
+        steps: to make; 0 is the end of all.
+        keep_every: steps from one copy of the model that is kept to the next; 0 keeps none.
+    """
+
+    steps: int
+    keep_every: int = 0
+
+
 class Pacer:
     """Makes as many steps as it is told to and reports on them; between two orders the replica stands still.
 
-    What is under way at the end of an order is completed within it, so that no communication goes unmeasured. At a
-    period's end it would be waited for at the next step anyway.
+    What is under way at the end of an order is completed within it, so that no communication goes unmeasured. The model
+    that is kept before that is what the replica has at the time, without waiting for what is under way.
 
     Args:
-        connection: to the parent; an order is a number of steps, "weights" or None, the end.
+        connection: to the parent, who sends orders, and "kept" for the copies that the last one has left.
         complete: ends what is under way.
         exposed_s: seconds that the replica has stood still for communication so far; None where nobody counts them.
         weights: the method's model, (d,).
@@ -83,14 +96,16 @@ class Pacer:
     ) -> None:
         self._connection, self._complete, self._exposed_s, self._weights = connection, complete, exposed_s, weights
         self.ended = False
+        self._kept: list[tuple[float, torch.Tensor]] = []  # when, in seconds since the order, and what
 
     def wait(self) -> None:
         """Stands still until there are steps to make, or no more."""
-        while (order := self._connection.recv()) == "weights":
-            assert self._weights is not None
-            self._connection.send_bytes(self._weights().detach().numpy().tobytes())
-        self.ended = order is None
-        self._left: int = order or 0
+        while (order := self._connection.recv()) == "kept":
+            self._connection.send_bytes(torch.stack([weights for _, weights in self._kept]).numpy().tobytes())
+        self.ended = order.steps == 0
+        self._order: Order = order
+        self._made = 0
+        self._kept.clear()
         self._exposed_before = self._exposed_s() if self._exposed_s else 0.0
         self._began = time.perf_counter()
 
@@ -98,13 +113,19 @@ class Pacer:
         """Counts a step; at an order's last one reports and waits for the next."""
         if self.ended:
             return
-        self._left -= 1
-        if self._left:
+        self._made += 1
+        is_last = self._made == self._order.steps
+        if is_last:
+            self._complete()
+        if self._order.keep_every and self._made % self._order.keep_every == 0:
+            assert self._weights is not None
+            self._kept.append((time.perf_counter() - self._began, self._weights().detach().clone()))
+        if not is_last:
             return
-        self._complete()
         self._connection.send(
             {
                 "seconds": time.perf_counter() - self._began,
+                "kept_at": [at for at, _ in self._kept],
                 "exposed_s": self._exposed_s() - self._exposed_before if self._exposed_s else None,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }

@@ -25,9 +25,10 @@ Links: one host's ``loopback``, or a host for each replica at a switch with 1 Gb
 made and removed here, which need Linux, root, ``ip`` and ``tc``.
 
 With ``--time-to-accuracy``, over several seeds, each in fresh processes: seconds and samples (of all replicas) until
-the model has so much accuracy on the validation images, seen every period and off the clock, and its accuracy on the
-test images after equal samples. The model is the center; for the peers, their replicas' mean; for ``local`` each
-replica, and its accuracy their mean.
+the model has so much accuracy on the validation images, and its accuracy on the test images after equal samples. A
+copy of it is kept every period and looked at later, off the clock. The model is the center that a replica has at the
+time, without what is under way, which is waited for only at the end; for the peers, their replicas' mean; for ``local``
+each replica, and its accuracy their mean.
 """
 
 import argparse
@@ -50,7 +51,7 @@ import torch
 from torch.nn.utils import vector_to_parameters
 from typing_extensions import Self
 
-from benchmarks._methods import METHODS, TIMEOUT, WIRES, Job, run
+from benchmarks._methods import METHODS, TIMEOUT, WIRES, Job, Order, run
 from benchmarks._network import RATES, Network, why_not
 from benchmarks._work import NUM_IMAGES, WORKS, Data, Work, files, load
 
@@ -90,13 +91,20 @@ class Replicas:
 
     def steps(self, number: int) -> list[dict[str, Any]]:
         """Makes so many steps and returns what each replica says of them."""
-        self._send(number)
+        self._send(Order(number))
         return self._receive()
 
-    def weights(self) -> list[torch.Tensor]:
-        """Returns the model as each replica has it, (d,)."""
-        self._send("weights")
-        return [torch.frombuffer(bytearray(message), dtype=torch.float32) for message in self._receive(as_bytes=True)]
+    def models(self, number: int, every: int) -> list[tuple[float, torch.Tensor]]:
+        """Makes so many steps and returns the models on the way, one in ``every`` steps.
+
+        Each is the second at which the slowest replica had it, and what the replicas then had, (num_replicas, d).
+        """
+        self._send(Order(number, every))
+        times = zip(*(answer["kept_at"] for answer in self._receive()), strict=True)
+        self._send("kept")
+        kept = [torch.frombuffer(bytearray(m), dtype=torch.float32) for m in self._receive(as_bytes=True)]
+        models = torch.stack([vectors.view(number // every, -1) for vectors in kept], 1)
+        return [(max(at), model) for at, model in zip(times, models, strict=True)]
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +113,7 @@ class Replicas:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._send(None)
+            self._send(Order(0))
             deadline = time.monotonic() + 60
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
@@ -233,9 +241,9 @@ def time_to_accuracy(given: argparse.Namespace, method: str, data: Data, seed: i
     """Trains one method from one seed until it has had ``given.num_steps`` and the accuracy, or ``given.max_steps``."""
     model = Work(given.work)
 
-    def accuracy(weights: list[torch.Tensor], split: str) -> float:
+    def accuracy(weights: torch.Tensor, split: str) -> float:
         found = []
-        for vector in weights if method == "local" else [torch.stack(weights).mean(0)]:
+        for vector in weights if method == "local" else [weights.mean(0)]:
             vector_to_parameters(vector, model.parameters())
             found.append(model.accuracy(data[split], data[f"{split}_labels"]))
         return statistics.mean(found)
@@ -249,14 +257,15 @@ def time_to_accuracy(given: argparse.Namespace, method: str, data: Data, seed: i
         Replicas(method, network, given.work, data, given.period, seed) as replicas,
     ):
         while steps < given.max_steps and (steps < given.num_steps or not reached):
-            seconds += max(answer["seconds"] for answer in replicas.steps(given.period))
-            steps += given.period
-            weights = replicas.weights()
-            figures["curve"].append((steps, seconds, accuracy(weights, "validation")))
-            if not reached and figures["curve"][-1][2] >= given.target:
-                reached = {"seconds": seconds, "samples": steps * NUM_IMAGES * num_replicas}
-            if steps == given.num_steps:
-                figures["accuracy"] = accuracy(weights, "test")
+            number = given.num_steps if steps == 0 else min(10 * given.period, given.max_steps - steps)
+            for took_s, weights in replicas.models(number, given.period):
+                steps += given.period
+                figures["curve"].append((steps, seconds + took_s, accuracy(weights, "validation")))
+                if not reached and figures["curve"][-1][2] >= given.target:
+                    reached = {"seconds": seconds + took_s, "samples": steps * NUM_IMAGES * num_replicas}
+                if steps == given.num_steps:
+                    figures["accuracy"] = accuracy(weights, "test")
+            seconds = figures["curve"][-1][1]
     return figures | reached
 
 
@@ -305,8 +314,11 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if given.steps % given.period or given.num_steps % given.period:
         parser.error(f"--steps {given.steps} and --num-steps {given.num_steps} must be whole periods of {given.period}")
-    if given.max_steps < given.num_steps:
-        parser.error(f"--max-steps {given.max_steps} must be at least --num-steps {given.num_steps}")
+    if given.max_steps < given.num_steps or given.max_steps % given.period:
+        parser.error(
+            f"--max-steps {given.max_steps} must be at least --num-steps {given.num_steps}, and whole periods of "
+            f"{given.period}"
+        )
     if given.time_to_accuracy and (given.work == "transformer" or len(given.replicas) > 1):
         parser.error("--time-to-accuracy is of images, with one number of --replicas")
     if min(given.replicas) < 2 or given.rounds < 1 or given.seeds < 1:

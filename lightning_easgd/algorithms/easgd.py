@@ -5,7 +5,7 @@ Synchronous form, eqs. 5 and 6, all right-hand sides at time t (Jacobi order)::
     x^i <- x^i - eta g^i(x^i) - alpha (x^i - c)
     c   <- c   + alpha sum_i (x^i - c)                = (1 - beta) c + beta mean_i x^i
 
-every ``period`` steps, beginning with the first (a no-op there, since all replicas start at the center), and
+in every step t that ``period`` divides (at t = 0 all replicas are still at the center, and nothing moves), and
 ``x^i <- x^i - eta g^i(x^i)`` in between. Algorithm 1 of the paper is the same loop over an asynchronous center.
 
 ====================  =====================================================================================
@@ -18,8 +18,9 @@ beta = p alpha        ``center_rate``: what the center moves by, towards the mea
 eta g^i               ``local_update``: whatever the module's optimizer does, momentum and weight decay included
 ====================  =====================================================================================
 
-The gradient is taken at x *before* the elastic move and the center sees the same old x; so the force that the replica
-feels is the one that the center receives, and ``sum_i x^i + c`` is conserved by an exchange (up to rounding the sums).
+The gradient is taken at x *before* the elastic move and the center sees the same old x; so, with beta = p alpha, the
+force that the replica feels is the one that the center receives, and ``sum_i x^i + c`` is conserved by an exchange (up
+to rounding the sums).
 
 Gauss-Seidel order (thesis, arXiv:1605.02216, chapter 6): the replica moves first, the gradient is taken at the moved x,
 and the center sees the replica as it is at the end of the period::
