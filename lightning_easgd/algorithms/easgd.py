@@ -176,7 +176,7 @@ class EASGD(Algorithm):
             raise ValueError(
                 f"{given}: no step size is stable with a moving rate of {alpha:g} and a center rate of {beta:g}; a "
                 f"moving rate above 0 and below 2 / (num_replicas + 1) = {2 / (num_replicas + 1):g} can be, "
-                f"{EASGD().rates(num_replicas)[0]:g} is the default"
+                f"{EASGD(order=self.order).rates(num_replicas)[0]:g} is the default"
             )
         if stable[0] > 0:
             warnings.warn(
