@@ -708,12 +708,20 @@ class ElasticStrategy(_DDPStrategy):
         self._saves[path] = save
         ReplicaFile(path, save, self._file_owner).write(dump, self._own_state(), self.num_replicas)
 
-    def _part(self, *, for_good: bool = False) -> None:
-        """Ends what the replicas of an asynchronous run have met for, and stops all if one was asked to stop."""
+    def _part(self, *, has_ended: bool = False, for_good: bool = False) -> None:
+        """Ends what the replicas of an asynchronous run have met for, and stops all if one was asked to stop.
+
+        Args:
+            has_ended: whether training has, for all.
+            for_good: see ``FreeRunning.part``.
+        """
         assert self._free_running is not None
+        assert self._rendezvous is not None
         if self._free_running.part(self._write_replica_file, stop=self._is_asked_to_stop, for_good=for_good):
-            self._stopped_together = True
-            self._set_received_sigterm()
+            # All know it now, and meet to stop in their next step: who left without would take the store along.
+            self._rendezvous.stop_requested = True
+            if has_ended:
+                self._set_received_sigterm()
         self._dump = None
 
     def _patch(self, owner: object, name: str, value: Callable[..., Any]) -> None:
@@ -949,7 +957,7 @@ class ElasticStrategy(_DDPStrategy):
         with self._holding(self.evaluate):
             result = run()
         self._part()
-        if was_free and not self._stopped_together:
+        if was_free:
             self._go_free(free_running)
         return result
 
@@ -988,7 +996,7 @@ class ElasticStrategy(_DDPStrategy):
             self._meet(END_OF_TRAINING)
             self._hold("center")
             on_run_end()
-            self._part()
+            self._part(has_ended=True)
             self._share_checkpoints()
             self.barrier()
             if self._rendezvous is not None:
@@ -1351,7 +1359,7 @@ class ElasticStrategy(_DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self._stopped_together and self._free_running is not None and self._free_running.at_rest:
-            self._part(for_good=True)  # replica 0 may have saved a checkpoint
+            self._part(has_ended=True, for_good=True)  # replica 0 may have saved a checkpoint
         if self._rendezvous is not None and type(exception).__name__ != "SIGTERMException":
             first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
             if first is not None and first not in str(exception):

@@ -133,12 +133,21 @@ def test_a_silent_death_over_an_asynchronous_center(tmp_path):
 
 
 def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> None:
-    """Sends SIGTERM to the process of replica 0: while it evaluates, or while replica 1 waits for it to evaluate."""
+    """Sends SIGTERM to one process: replica 0's while it evaluates, or while replica 1 waits for it to evaluate;
+    replica 1's where both have ended an epoch, or evaluated in the middle of one."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     class Signal(modules.pytorch_lightning.Callback):
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             if where == "evaluating" and replica == 0 and trainer.current_epoch == 1 and batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if where == "between epochs" and replica == 1 and trainer.current_epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_validation_end(self, trainer, pl_module):
+            if where == "in mid-epoch" and replica == 1 and trainer.current_epoch == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -155,12 +164,20 @@ def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> 
         max_epochs=10**6,
         callbacks=[Signal(), checkpoint],
         enable_checkpointing=True,
+        val_check_interval=4 if where == "in mid-epoch" else 1.0,
+        accumulate_grad_batches=2 if where == "in mid-epoch" else 1,
     ).fit(Regression(), loader(), loader(64))
 
 
 @pytest.mark.parametrize(
     ("transport", "where"),
-    [(None, "evaluating"), (SharedMemory(), "evaluating"), (SharedMemory(), "others evaluate")],
+    [
+        (None, "evaluating"),
+        (SharedMemory(), "evaluating"),
+        (SharedMemory(), "others evaluate"),
+        (SharedMemory(), "between epochs"),
+        (SharedMemory(), "in mid-epoch"),
+    ],
     ids=str,
 )
 def test_sigterm_at_an_evaluation_ends_all_and_saves(tmp_path, transport, where):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_easgd import EASGD, Asynchronous, EASGDStrategy
+from lightning_easgd import EASGD, AllReduce, Asynchronous, EASGDStrategy
 from lightning_easgd._coupling import num_slots
 from lightning_easgd._members import Layout
 from tests import modules
@@ -68,7 +68,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _two_hundred_steps(rank: int) -> Any:
-    strategy = EASGDStrategy(EASGD(period=PERIOD, center_rate=0.9), replica_size=2)
+    sockets = AllReduce(shared_memory=False)
+    strategy = EASGDStrategy(EASGD(period=PERIOD, center_rate=0.9), sockets, replica_size=2)
     return _fit(rank, Noisy, strategy, max_epochs=40, check_val_every_n_epoch=20)
 
 

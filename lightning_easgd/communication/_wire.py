@@ -35,6 +35,7 @@ __all__ = [
     "Layout",
     "RoundingLane",
     "Wire",
+    "block_size",
     "blocks",
     "bytes_of_ring",
     "codec_of",
@@ -44,8 +45,15 @@ Wire = Literal["float32", "bfloat16", "int8"]
 Chunk = tuple[int, int, int]  # start, stop, and how many numbers make a part; see ``Layout``
 
 # Arithmetic goes by so many numbers at a time: they stay in the cache from one operation to the next, and torch starts
-# no threads for so few, which would take the cores from the compute that the exchange hides behind.
+# no threads for so few, which would take the cores from the compute that the exchange hides behind. Where it has only
+# one, more at a time are better, as far as the cache goes: each call has its price, too.
 BLOCK = 1 << 15
+_BLOCK_OF_ONE_THREAD = 1 << 17
+
+
+def block_size() -> int:
+    """Returns how many numbers to work on at a time, on the CPU."""
+    return _BLOCK_OF_ONE_THREAD if torch.get_num_threads() == 1 else BLOCK
 
 
 def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -53,7 +61,8 @@ def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if vectors[0].device.type != "cpu":
         yield vectors
     else:
-        yield from zip(*(torch.split(vector, BLOCK) for vector in vectors), strict=True)
+        size = block_size()
+        yield from zip(*(torch.split(vector, size) for vector in vectors), strict=True)
 
 
 class Codec(ABC):
@@ -120,9 +129,9 @@ class _Int8(Codec):
     def _views(self, code: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         numel = values.numel()
         multiples, units = code[:numel].view(torch.int8), code[numel:].view(self._dtype)
-        on_cpu = values.device.type == "cpu"
-        for start in range(0, numel, BLOCK if on_cpu else max(numel, 1)):
-            stop = start + BLOCK if on_cpu else numel
+        size = block_size() if values.device.type == "cpu" else max(numel, 1)
+        for start in range(0, numel, size):
+            stop = start + size
             yield (
                 values[start:stop].view(-1, self.align),
                 multiples[start:stop].view(-1, self.align),

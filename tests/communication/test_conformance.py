@@ -27,7 +27,7 @@ from lightning_easgd.rules import Addition, CenterRule, OuterOptimizer
 from tests.communication.test_parameter_server import Apart, InPairs
 from tests.helpers import SOON_S, TIMEOUT, Replicas, run_replicas, run_threads, shorten
 
-TRANSPORTS = [AllReduce(), SharedMemory(), Apart(), InPairs()]
+TRANSPORTS = [AllReduce(), AllReduce(shared_memory=False), SharedMemory(), Apart(), InPairs()]
 
 pytestmark = pytest.mark.parametrize("transport", TRANSPORTS, ids=repr)
 

@@ -67,8 +67,15 @@ def members(rank: int, store: dist.Store, replica_size: int, timeout: timedelta 
     return new_group(PrefixStore(f"members/{replica}", store), member, replica_size, torch.device("cpu"), timeout)
 
 
-def open_plain(replica: int, store: dist.Store, num_replicas: int, size: int, rule: CenterRule) -> OpenCenter:
-    return AllReduce().open(
+def open_plain(
+    replica: int,
+    store: dist.Store,
+    num_replicas: int,
+    size: int,
+    rule: CenterRule,
+    transport: Transport | None = None,
+) -> OpenCenter:
+    return (transport or AllReduce()).open(
         torch.arange(float(size)) + 10 * replica,
         replica=replica,
         num_replicas=num_replicas,
@@ -140,14 +147,15 @@ def test_it_is_the_center_of_as_many_replicas_of_one_rank(num_replicas, replica_
 
 def test_each_number_crosses_between_replicas_once():
     """The members' bytes are a plain replica's, but for the slots and the count of deltas, which each slice has."""
+    sockets = AllReduce(shared_memory=False)
 
     def sliced(rank, store):
-        with open_center(rank, store, size=1001) as center:
+        with open_center(rank, store, size=1001, transport=sockets) as center:
             train(center, rank // 2)
             return center.traffic.bytes_sent
 
     def plain(replica, store):
-        with open_plain(replica, store, 2, 1001, Addition()) as center:
+        with open_plain(replica, store, 2, 1001, Addition(), sockets) as center:
             train(center, replica)
             return center.traffic.bytes_sent
 
