@@ -42,6 +42,8 @@ from lightning_easgd._layerwise import Layerwise, by_layer, refuse_algorithm, re
 from lightning_easgd._members import Layout, Members, SharedTurnstile
 from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
+from lightning_easgd._resume import Resumption, differences
+from lightning_easgd._start import check_same_parameters, start_from_rank_0
 from lightning_easgd.algorithms import (
     EASGD,
     Algorithm,
@@ -49,12 +51,11 @@ from lightning_easgd.algorithms import (
 from lightning_easgd.averages import CenterAverage
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
-from lightning_easgd.communication._c10d import Group, PrefixStore, Store, broadcast_bytes, new_group
+from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
 from lightning_easgd.gates import Gate, StaleSynchronous
-from lightning_easgd.sampling import set_epoch
 
 if TYPE_CHECKING:
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -254,11 +255,7 @@ class ElasticStrategy(_DDPStrategy):
         self._stopped_together = False
         self._report_every = 0
         self._generation = 0
-        self._resumed: dict[str, Any] | None = None  # this replica's part of the checkpoint, until training goes on
-        self._resumed_data: dict[str, Any] | None = None  # where in a shared epoch the checkpoint was taken
-        self._fresh_optimizers = False
-        self._rng_to_go_on_with: dict[str, Any] = {}
-        self._epoch_rng: dict[str, Any] | None = None  # the random state with which this epoch's data began
+        self._resumption = Resumption()
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -400,7 +397,7 @@ class ElasticStrategy(_DDPStrategy):
         # Where DDPStrategy wraps the module. Here it stays as it is where a replica is one process.
         layout = self.layout
         self._rendezvous = self._open_rendezvous()
-        self._check_same_parameters(self._rendezvous.store)
+        check_same_parameters(self._module, self._rendezvous.store, self.global_rank, layout)
         self._members = Members(
             layout,
             self.global_rank,
@@ -412,7 +409,7 @@ class ElasticStrategy(_DDPStrategy):
         if layout.world_size > 1:
             store = PrefixStore("module", self._rendezvous.store)
             self._group = new_group(store, self.global_rank, layout.world_size, self.root_device, self._wait)
-            self._start_from_replica_0(self._group)
+            start_from_rank_0(self._module, self._group)
         self._members.confine_batch_norm(self._module)
         if layout.replica_size > 1:
             self._ddp_kwargs["process_group"] = self._members.ddp_group
@@ -461,8 +458,8 @@ class ElasticStrategy(_DDPStrategy):
                 ahead=self.num_nodes > 1,
             )
             self._cleanup.callback(self._dynamic.close)
-            if self._resumed_data is not None:
-                self._dynamic.load_state_dict(self._resumed_data, of_all=True)
+            if self._resumption.shared_epoch is not None:
+                self._dynamic.load_state_dict(self._resumption.shared_epoch, of_all=True)
 
     def _open_rendezvous(self) -> Rendezvous:
         assert self.cluster_environment is not None
@@ -481,33 +478,6 @@ class ElasticStrategy(_DDPStrategy):
             rendezvous = connect(self.broadcast(None))
         self._cleanup.callback(rendezvous.close)
         return rendezvous
-
-    def _check_same_parameters(self, store: Store) -> None:
-        """Raises on every replica if one's parameters are not replica 0's, naming it and the parameter."""
-        module = self._module
-        own = [(n, str(p.dtype), list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
-        own += [(n, str(b.dtype), list(b.shape), False) for n, b in module.named_buffers()]
-        store.set(f"parameters/{self.global_rank}", json.dumps(own))
-        if self.is_global_zero:
-            first, layout = json.loads(json.dumps(own)), self.layout
-            differences = (
-                _difference(rank // layout.replica_size, first, json.loads(store.get(f"parameters/{rank}")))
-                for rank in range(1, layout.world_size)
-            )
-            store.set("parameters/verdict", "; ".join(filter(None, differences)))
-        verdict = store.get("parameters/verdict").decode()
-        if verdict:
-            raise ValueError(f"EASGDStrategy: all replicas must have the same parameters and buffers, but {verdict}")
-
-    @torch.no_grad()
-    def _start_from_replica_0(self, group: Group) -> None:
-        """Gives every replica the parameters and buffers of replica 0."""
-        tensors = [t.detach() for t in (*self._module.parameters(), *self._module.buffers())]
-        values = [t if t.is_contiguous() else t.clone(memory_format=torch.contiguous_format) for t in tensors]
-        broadcast_bytes(group, values)
-        for tensor, value in zip(tensors, values, strict=True):
-            if value is not tensor:
-                tensor.copy_(value)
 
     def _open_couplings(self) -> None:
         assert self._rendezvous is not None
@@ -672,7 +642,9 @@ class ElasticStrategy(_DDPStrategy):
         if any(c.algorithm.proximal_term.__func__ is not Algorithm.proximal_term for c in self.couplings):  # type: ignore[attr-defined]
             plugin = self.precision_plugin
             self._patch(plugin, "_after_closure", partial(self._add_force, plugin._after_closure))
-        self._patch(fit_loop, "setup_data", partial(self._set_up_data, trainer, fit_loop.setup_data))
+        leaves_out = self._dynamic is not None
+        set_up_data = partial(self._resumption.set_up_data, trainer, fit_loop.setup_data, leaves_out=leaves_out)
+        self._patch(fit_loop, "setup_data", set_up_data)
         self._patch(epoch_loop, "on_run_start", partial(self._start_epoch, trainer, epoch_loop.on_run_start))
         # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
         self._patch(fit_loop, "on_run_end", partial(self._end_training, fit_loop.on_run_end))
@@ -864,7 +836,7 @@ class ElasticStrategy(_DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
-        self._resumed = None  # whatever had to be put back has been
+        self._resumption.own = None  # whatever had to be put back has been
         output = super().training_step(*args, **kwargs)
         if self.algorithm.needs_loss:
             loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -1175,7 +1147,7 @@ class ElasticStrategy(_DDPStrategy):
             "couplings": [coupling.state_dict() for coupling in self.couplings],
             "buffers": [b.detach().clone() for b in self._buffers.own],
             "rng": rng_state(),
-            "epoch_rng": self._epoch_rng,
+            "epoch_rng": self._resumption.epoch_rng,
             "data": None if self._dynamic is None else self._dynamic.state_dict(),
         }
 
@@ -1191,28 +1163,20 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        self._resumed, self._fresh_optimizers = None, False
-        self._resumed_data = None
+        resumption = self._resumption
+        resumption.own, resumption.fresh_optimizers, resumption.shared_epoch = None, False, None
         if self._module.trainer.state.fn != "fit":
             return checkpoint
         saved = checkpoint.get(KEY)
-        no_files = saved is None or saved["save"] is None
-        self._resumed_data = None if saved is None else saved.get("data")
-        layout = {} if saved is None else {"replica_size": 1, "layerwise": False, "fragments": 1, **saved}
-        fits = all(layout.get(key) == value for key, value in self._saved_layout.items())
-        if saved is None or no_files or self.resume == "center" or not fits:
+        resumption.shared_epoch = None if saved is None else saved.get("data")
+        why = differences(saved, self._saved_layout)
+        if saved is None or why or self.resume == "center":
             # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
-            self._fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
-            size = layout.get("replica_size")
-            found = f"it has {layout.get('num_replicas')} replicas"
-            found += "" if size == self.layout.replica_size else f" of {size} ranks"
-            found += ", layer by layer" if layout.get("layerwise") else ""
-            found += f", in {layout['fragments']} fragments" if layout.get("fragments", 1) > 1 else ""
-            why = "it has no replicas' files" if no_files else found
+            resumption.fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
             rank_zero_warn(
                 f"EASGDStrategy resumes {self.num_replicas} replicas from the center of {str(checkpoint_path)!r} "
                 f"({why if self.resume == 'replicas' else 'as asked'}), each with "
-                + ("fresh optimizer states" if self._fresh_optimizers else "a copy of its optimizer states")
+                + ("fresh optimizer states" if resumption.fresh_optimizers else "a copy of its optimizer states")
             )
             return checkpoint
         error, content = None, {}
@@ -1222,69 +1186,23 @@ class ElasticStrategy(_DDPStrategy):
             error = found
         if not self.reduce_boolean_decision(error is None):  # nobody goes on with half of it
             raise error or ReplicaFileError(f"another replica's file of {str(checkpoint_path)!r} could not be loaded")
-        self._resumed = content["own"]
+        resumption.own = content["own"]
         return {**checkpoint, **content["lightning"]}
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        if self._fresh_optimizers:  # the groups' learning rates belong to the schedulers' state
+        if self._resumption.fresh_optimizers:  # the groups' learning rates belong to the schedulers' state
             fresh = [{**state, "state": {}} for state in checkpoint["optimizer_states"]]
             checkpoint = {**checkpoint, "optimizer_states": fresh}
         self._couple_anew()  # a callback may have thawed parameters in on_fit_start, as far as it had got
         super().load_optimizer_state_dict(checkpoint)
-        if self._resumed is not None:
-            self._load_own_state(self._resumed)
-
-    def _set_up_data(self, trainer: "Trainer", setup_data: Callable[[], None]) -> None:
-        """Lightning's own, which creates the first epoch's iterator; resumed in mid-epoch, it goes on in the data."""
-        if self._epoch_rng is not None:
-            setup_data()
-            return
-        fit_loop: Any = trainer.fit_loop
-        # A module that asks for estimated_stepping_batches has had the iterator made, before this method was in place.
-        was_early = fit_loop._combined_loader is not None
-        self._epoch_rng = rng_state()
-        setup_data()
-        loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
-        if self._resumed is None and was_early and fetcher is not None:
-            iter(fetcher)
-        if self._resumed is None or loader is None or fetcher is None:
-            return
-        progress = fit_loop.epoch_loop.batch_progress
-        done = progress.current.ready
-        in_epoch = 0 < done < fit_loop.max_batches and not progress.is_last_batch
-        # Lightning tells the samplers their epoch only now that it has made the iterator, from which workers may have
-        # drawn already: it is made anew, with the random state that it had in the run that stopped.
-        self._epoch_rng = (self._resumed["epoch_rng"] if in_epoch else None) or self._resumed["rng"]
-        set_rng_state(self._epoch_rng)
-        for each in loader.flattened:
-            set_epoch(each, fit_loop.epoch_progress.current.processed)
-        iter(fetcher)
-        stateful = any(hasattr(each, "load_state_dict") for each in loader.flattened)  # Lightning has restored those
-        if in_epoch and not stateful and self._dynamic is None:  # which leaves out what is done itself
-            for _ in range(done):
-                next(fetcher)
-            fetcher.fetched -= done  # Lightning adds them
-        self._rng_to_go_on_with = self._resumed["rng"] if in_epoch else rng_state()
+        if self._resumption.own is not None:
+            self._load_own_state(self._resumption.own)
 
     def _start_epoch(self, trainer: "Trainer", on_run_start: Callable[[Any], None], data_fetcher: Any) -> None:
-        """Lightning's own, which creates the iterator of all epochs but the first."""
         self._couple_anew()
         self._tell_epoch_length(trainer)
-        fit_loop = trainer.fit_loop
-        if (
-            trainer.current_epoch > 0
-            and not getattr(fit_loop, "is_resuming", False)
-            and not fit_loop.epoch_loop.restarting
-        ):
-            if self._resumed is not None:
-                set_rng_state(self._resumed["rng"])
-            self._epoch_rng = rng_state()
-            on_run_start(data_fetcher)
-        else:
-            on_run_start(data_fetcher)
-            if self._resumed is not None:
-                set_rng_state(self._rng_to_go_on_with)
+        self._resumption.start_epoch(trainer, on_run_start, data_fetcher)
         if self._free_running is not None:
             self._go_free(self._free_running)
 
@@ -1381,7 +1299,8 @@ class ElasticStrategy(_DDPStrategy):
             self._dump = None
             self._stop_seen_at = None
             self._stopped_together = False
-            self._resumed = self._epoch_rng = self._members = None
+            self._resumption = Resumption()
+            self._members = None
             self._ddp_kwargs.pop("process_group", None)
             if isinstance(self._ddp_comm_state, torch.distributed.ProcessGroup):
                 self._ddp_comm_state = None
@@ -1429,21 +1348,3 @@ class ElasticStrategy(_DDPStrategy):
                     start_method=start_method,
                     **arguments,
                 )
-
-
-def _difference(replica: int, first: list[Any], other: list[Any]) -> str:
-    """Returns in words where a replica's list of parameters leaves that of replica 0; empty where they agree."""
-    for ours, theirs in zip(first, other, strict=False):
-        if ours != theirs:
-            return f"replica {replica} has {_describe(theirs)} where replica 0 has {_describe(ours)}"
-    if len(first) != len(other):
-        longer, whose = (first, 0) if len(first) > len(other) else (other, replica)
-        return f"replica {replica} has {len(other)} and replica 0 {len(first)}; only replica {whose} has " + _describe(
-            longer[min(len(first), len(other))]
-        )
-    return ""
-
-
-def _describe(entry: list[Any]) -> str:
-    name, dtype, shape, requires_grad = entry
-    return f"{name!r} ({dtype}, shape {shape}, {'trainable' if requires_grad else 'not trainable'})"

@@ -60,6 +60,7 @@ class SharedVectors:
         self.own = self._vectors[replica]
         self.factors = [torch.frombuffer(m, dtype=torch.float64, count=1, offset=_TOKEN) for m in self._maps]
         self._itemsize = dtype.itemsize
+        self._scratch = torch.empty(0, dtype=dtype)
         # Whole pages, so that no two replicas write to one.
         page = _PAGE // dtype.itemsize
         share = -(-numel // (len(files) * page)) * page
@@ -125,12 +126,11 @@ class SharedVectors:
         added = [r for r, factor in enumerate(self.factors) if not math.isnan(factor)]
         factors = [float(self.factors[r]) for r in added]
         deltas = [self._vectors[r][index] for r in added]
-        total = old.new_empty(0)
         for window in self._windows(start, stop):
             for new, before, *parts in blocks(*(v[slice(*window)] for v in (self.own[index], old, *deltas))):
-                if total.numel() < new.numel():
-                    total = torch.empty_like(new)
-                part = _weighted_sum(parts, factors, out=total[: new.numel()])
+                if self._scratch.numel() < new.numel():
+                    self._scratch = torch.empty_like(new)
+                part = _weighted_sum(parts, factors, out=self._scratch[: new.numel()])
                 if rule is None:
                     new.copy_(part)
                 else:
