@@ -19,7 +19,8 @@ steps, one method after the other, in processes that last over all rounds and ot
 compare what was measured in it. Printed are the median, the least and the greatest over the rounds; the first round,
 which warms up, does not count. ``limit`` is max(step of ``local``, ``bare`` / period), of the method's own wire format.
 Bytes are what the interfaces have counted, memory is the peak of a process above ``local``'s, as a multiple of the
-parameters'. Nothing is under way between rounds: what was is waited for within the round.
+parameters'. Nothing is under way between rounds: what was is waited for within the round. EASGD's rounds begin with the
+step that exchanges, after a first one that is a step shorter, as its exchange has a period to complete.
 
 Links: one host's ``loopback``, or a host for each replica at a switch with 1 Gbit/s or 100 Mbit/s: network namespaces,
 made and removed here, which need Linux, root, ``ip`` and ``tc``.
@@ -178,7 +179,9 @@ def measure(given: argparse.Namespace, methods: list[str], data: Data, num_repli
         for number in range(given.rounds + 1):
             for method in list(answers) if number % 2 else reversed(answers):
                 before = network.bytes_sent()
-                answer = replicas[method].steps(steps[method])
+                # EASGD exchanges in a period's last step and waits for it a period later: its rounds begin with that.
+                is_early = number == 0 and method.startswith("easgd")
+                answer = replicas[method].steps(steps[method] - is_early)
                 if number > 0:
                     answers[method].append(answer)
                     bytes_sent[method].append(network.bytes_sent() - before)
