@@ -654,7 +654,15 @@ class ElasticStrategy(_DDPStrategy):
         for name in ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end", "on_exception"):
             if hasattr(callback, name):
                 hook = partial(self._lead, getattr(callback, name)) if self.is_global_zero else self._follow
+                if name == "on_train_epoch_end":
+                    hook = partial(self._after_metrics, hook)
                 self._patch(callback, name, hook)
+
+    def _after_metrics(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes an epoch's metrics first, for which all ask all: replica 0 would do it by itself in the hook."""
+        assert self._trainer is not None
+        assert self._trainer.callback_metrics is not None  # Lightning computes them when they are looked at, and once
+        return hook(*args, **kwargs)
 
     def _lead(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, self._is_leading = self._is_leading, True
@@ -717,6 +725,8 @@ class ElasticStrategy(_DDPStrategy):
                 f"EASGDStrategy: this {type(optimizer).__name__} is none of the optimizers that configure_optimizers "
                 "returned when training began; add parameters to those with add_param_group instead of replacing them"
             )
+        if self._is_leaving:  # in a step with several optimizers
+            raise self._sigterm_exception()
         output = None
 
         def local_update() -> None:
@@ -782,6 +792,15 @@ class ElasticStrategy(_DDPStrategy):
             self._meet(STOP)
             self._stopped_together = True
             self._set_received_sigterm()
+
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether the replicas of an asynchronous run have met to stop, each at another point of its epoch.
+
+        Lightning raises at the end of the batch. Whatever this one would do together with the others until then, or in
+        place of that, they would not come to: an exchange, an evaluation, the end of an epoch.
+        """
+        return self._stopped_together and self._free_running is not None
 
     @property
     def _is_asked_to_stop(self) -> bool:
@@ -921,6 +940,8 @@ class ElasticStrategy(_DDPStrategy):
         return result
 
     def _evaluate_between(self, free_running: FreeRunning, run: Callable[[], Any]) -> Any:
+        if self._is_leaving:
+            return []
         was_free, free_running.is_free = free_running.is_free, False
         if not self._meet(EVALUATION):
             log.warning("replica %d leaves an evaluation out: others have ended their epoch already", self.replica)
@@ -944,10 +965,8 @@ class ElasticStrategy(_DDPStrategy):
             self._meet(END_OF_EPOCH)
             on_advance_end()
             return
-        # All have met to stop in the epoch's last batch, after which Lightning raises only at its end.
-        if self._stopped_together and self._free_running.at_rest:
-            on_advance_end()
-            return
+        if self._is_leaving:  # Lightning leaves it to the epoch's end after the last batch
+            raise self._sigterm_exception()
         assert self._trainer is not None
         assert self._rendezvous is not None
         self._free_running.is_free = False
@@ -1245,7 +1264,7 @@ class ElasticStrategy(_DDPStrategy):
 
     @property
     def _is_alone(self) -> bool:
-        return self._interrupted or self._is_free or self._is_leading
+        return self._interrupted or self._is_free or self._is_leading or self._is_leaving
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

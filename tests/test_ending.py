@@ -132,9 +132,44 @@ def test_a_silent_death_over_an_asynchronous_center(tmp_path):
     assert "no sign of life for 10 s" in replicas.error(0)
 
 
+class Reporting(Regression):
+    """Asks all ranks for a number at the end of an epoch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("epoch_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+
+class TwoOptimizers(Regression):
+    """Steps its layers one after the other, and asks all ranks for a number after that."""
+
+    def __init__(self, replica, where):
+        super().__init__()
+        self.automatic_optimization = False
+        self.replica, self.where = replica, where
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        first, second = self.optimizers()
+        if self.trainer.global_step == 6 and self.replica == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        first.step()
+        if self.replica == 0:
+            time.sleep(1.0)  # so that it hears of the signal here, and meets in the second one's step
+        second.step()
+        self.zero_grad()
+        self.log("step_loss", loss, on_step=True, sync_dist=True)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[k].parameters(), lr=0.05) for k in (0, 2)]
+
+
 def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> None:
     """Sends SIGTERM to one process: replica 0's while it evaluates, or while replica 1 waits for it to evaluate;
-    replica 1's where both have ended an epoch, or evaluated in the middle of one."""
+    replica 1's where both have ended an epoch, or evaluated in the middle of one; in the step before replica 1 would
+    evaluate or end its epoch, while replica 0 is elsewhere; and between two optimizers' steps."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     class Signal(modules.pytorch_lightning.Callback):
@@ -155,8 +190,11 @@ def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> 
                 os.kill(os.getpid(), signal.SIGTERM)
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if where == "others evaluate" and replica == 0:
+            if where in ("others evaluate", "before an evaluation", "before the end of an epoch") and replica == 0:
                 time.sleep(0.1)  # computes slowly
+            last = {"before an evaluation": 3, "before the end of an epoch": 7}.get(where)
+            if batch_idx == last and replica == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     checkpoint = ModelCheckpoint(folder, filename="last", save_on_exception=True, every_n_epochs=10**6)
     trainer(
@@ -164,9 +202,10 @@ def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> 
         max_epochs=10**6,
         callbacks=[Signal(), checkpoint],
         enable_checkpointing=True,
-        val_check_interval=4 if where == "in mid-epoch" else 1.0,
+        val_check_interval=4 if where in ("in mid-epoch", "before an evaluation") else 1.0,
         accumulate_grad_batches=2 if where == "in mid-epoch" else 1,
-    ).fit(Regression(), loader(), loader(64))
+        check_val_every_n_epoch=5 if where == "before the end of an epoch" else 1,
+    ).fit(TwoOptimizers(replica, where) if where == "between optimizers" else Reporting(), loader(), loader(64))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +216,9 @@ def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> 
         (SharedMemory(), "others evaluate"),
         (SharedMemory(), "between epochs"),
         (SharedMemory(), "in mid-epoch"),
+        (SharedMemory(), "before an evaluation"),
+        (SharedMemory(), "before the end of an epoch"),
+        (SharedMemory(), "between optimizers"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torchmetrics
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easgd import EASGD, EASGDStrategy, SharedMemory
@@ -385,6 +386,37 @@ def test_replica_0_alone_decides_what_is_saved(tmp_path, kwargs, batches):
     assert Path(one["best"]).exists()
     assert torch.equal(one["center"], two["center"])
     assert torch.equal(one["metrics"]["test_loss"], two["metrics"]["test_loss"])
+
+
+class Numbered(Regression):
+    """Logs which replica it is, for all of an epoch; the mean over all is the same as a tensor and as a metric."""
+
+    def __init__(self, replica: int) -> None:
+        super().__init__()
+        self.replica = replica
+        self.mean = torchmetrics.MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        self.log("number", float(self.replica), on_step=False, on_epoch=True, sync_dist=True)
+        self.mean(float(self.replica))
+        self.log("metric", self.mean, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def _monitored(replica: int, folder: str) -> tuple[Any, ...]:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    checkpoint = ModelCheckpoint(folder, filename="{number}-{metric}", monitor="number", save_on_train_epoch_end=True)
+    t = trainer(strategy=strategy(), max_epochs=2, callbacks=[Slow(1, 0.01), checkpoint], enable_checkpointing=True)
+    t.fit(Numbered(replica), loader())
+    return checkpoint.best_model_path, float(t.callback_metrics["number"]), float(t.callback_metrics["metric"])
+
+
+def test_what_is_monitored_at_the_end_of_an_epoch_is_of_all_replicas(tmp_path):
+    """By the callback of replica 0, which alone asks for it."""
+    for path, number, metric in run_replicas(_monitored, 2, str(tmp_path)):
+        assert Path(path).name == "number=0.5-metric=0.5.ckpt"
+        assert (number, metric) == (0.5, 0.5)
 
 
 def _alone(replica: int, folder: str) -> Any:

@@ -4,10 +4,12 @@ Each replica keeps its center and its delta there, and every replica adds up one
 others have written, and writes the new center's part over its own delta's; from there the others copy it. That is a
 reduce-scatter and an all-gather without a wire, half the passes over memory that sockets cost.
 
-The memory has no name, and goes with the last process that maps it, however that ends.
+The memory has no name, and goes with the last process that maps it, however that ends. Each mapping takes a descriptor,
+which Python keeps with it: one for each replica and center, about as many as the sockets of a Gloo group.
 """
 
 import json
+import logging
 import math
 import mmap
 import os
@@ -27,6 +29,8 @@ from lightning_easgd.rules import CenterRule
 
 __all__ = ["SharedVectors"]
 
+log = logging.getLogger(__name__)
+
 _PAGE = mmap.PAGESIZE
 _TOKEN = 16  # bytes by which a replica knows that it has mapped what it was told of
 # Of another's memory so much is mapped at a time: what a process has mapped counts as its own.
@@ -40,7 +44,8 @@ class SharedVectors:
         numel: d, > 0.
         dtype: of the vectors.
         replica: this one.
-        files: of all replicas in their order, each a descriptor of ``_size(numel, dtype)`` bytes; not kept.
+        files: of all replicas in their order, each a descriptor of ``_size(numel, dtype)`` bytes; theirs to
+            close.
 
     Attributes:
         own: this replica's two vectors, (d,) each. They begin as zeros.
@@ -61,7 +66,7 @@ class SharedVectors:
         self.factors = [torch.frombuffer(m, dtype=torch.float64, count=1, offset=_TOKEN) for m in self._maps]
         self._itemsize = dtype.itemsize
         self._scratch = torch.empty(0, dtype=dtype)
-        # Whole pages, so that no two replicas write to one.
+        # Whole pages, since pages are what is given back.
         page = _PAGE // dtype.itemsize
         share = -(-numel // (len(files) * page)) * page
         self._parts = [(min(r * share, numel), min((r + 1) * share, numel)) for r in range(len(files))]
@@ -83,29 +88,40 @@ class SharedVectors:
             timeout: the longest wait.
 
         Raises:
-            RuntimeError: not all came in time.
+            RuntimeError: not all came in time, or one has other vectors; in every replica.
         """
-        token, file = secrets.token_bytes(_TOKEN), None
-        with suppress(OSError):
-            file = _new_file(_size(like.numel(), like.dtype), token)
-        files: list[int] = []
+        token, own, files, vectors, why_not = secrets.token_bytes(_TOKEN), -1, [], None, ""
         try:
-            here = {"host": _host(), "pid": os.getpid(), "file": file, "token": token.hex()}
-            peers = _tell_all(store, "memory", here, replica, num_replicas, timeout)
-            if all(peer["file"] is not None and peer["host"] == here["host"] for peer in peers):
-                with suppress(OSError):
-                    for peer in peers:
-                        files.append(_open_file(**peer))
-            vectors = None
-            if len(files) == num_replicas:
-                with suppress(OSError):
+            try:
+                own = _new_file(_size(like.numel(), like.dtype), token)
+            except OSError as error:
+                why_not = str(error)
+            place = {"host": _host(), "pid": os.getpid(), "file": own, "token": token.hex()}
+            shape = f"{like.numel()} numbers of {like.dtype}"
+            told = _tell_all(store, "memory", [place, shape], replica, num_replicas, timeout)
+            if any(other != shape for _, other in told):
+                raise RuntimeError(f"the replicas have different vectors: {', '.join(other for _, other in told)}")
+            places = [peer for peer, _ in told]
+            if not place["host"] or any(peer["host"] != place["host"] for peer in places):
+                why_not = "they are on several hosts, or cannot see each other's processes"
+            elif all(peer["file"] >= 0 for peer in places):
+                try:
+                    for peer in places:
+                        files.append(_open_file(peer["pid"], peer["file"], peer["token"]))
                     vectors = cls(like.numel(), like.dtype, replica, files)
+                except OSError as error:
+                    why_not = str(error)
             # After that nobody needs another's descriptor any more.
-            agreed = all(_tell_all(store, "mapped", vectors is not None, replica, num_replicas, timeout))
-            return vectors if agreed else None
+            reasons = _tell_all(store, "mapped", why_not, replica, num_replicas, timeout)
         finally:
-            for each in [*files, *([] if file is None else [file])]:
-                os.close(each)
+            for file in (*files, own):
+                if file >= 0:
+                    os.close(file)
+        if not any(reasons):
+            return vectors
+        if replica == 0:
+            log.info("the replicas sum through sockets, not through shared memory: %s", next(filter(None, reasons)))
+        return None
 
     def index_of(self, vector: Tensor) -> int:
         """Returns which of ``own`` a vector is."""
@@ -158,7 +174,8 @@ class SharedVectors:
         """Gives back the page table's entries, not the memory: a later reading finds it again."""
         first = self._starts[index] + window[0] * self._itemsize
         last = self._starts[index] + window[1] * self._itemsize
-        self._maps[replica].madvise(mmap.MADV_DONTNEED, first, last - first)
+        with suppress(OSError):  # under mlockall it may not: then the memory counts here as well, and nothing else
+            self._maps[replica].madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _weighted_sum(vectors: Sequence[Tensor], factors: Sequence[float], out: Tensor) -> Tensor:
@@ -217,9 +234,8 @@ def _new_file(size: int, token: bytes) -> int:
     return file
 
 
-def _open_file(*, host: str, pid: int, file: int, token: str) -> int:
+def _open_file(pid: int, file: int, token: str) -> int:
     """Returns a descriptor of another process's memory. ``OSError`` if it may not be had."""
-    del host
     opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if os.pread(opened, _TOKEN, 0).hex() != token:

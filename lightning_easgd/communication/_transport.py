@@ -45,8 +45,8 @@ class Traffic:
 
     Attributes:
         exchanges: deltas that this replica has added; abstentions are not counted.
-        bytes_sent: bytes that left this replica for others, payload and slots, without the network's headers. Zero
-            where the center is in the memory of this host.
+        bytes_sent: bytes that left this replica for others, payload and slots, without the network's headers. What
+            goes through memory that they share is not sent.
         exposed_s: seconds that the replica stood still for communication.
         hidden_s: seconds of communication that went on while the replica computed.
         wait_s: seconds spent waiting for a lock, or for a server to answer; part of the two above.

@@ -9,7 +9,8 @@ that it has sent; when all is there, the two change places. So the old center is
 vectors are enough, if the algorithm writes what it exchanges into the one that the center lends (``borrow``).
 
 Replicas that are all on one host keep these two vectors in memory that they share. Their all-reduces carry no vector
-then: one says that all deltas are there, the next that all parts of the new center are.
+then: the first says that all deltas are there, the second that all parts of the new center are, the third that they
+have been read.
 """
 
 import math
@@ -72,9 +73,9 @@ class AllReduce(Transport):
             rounding takes from a delta is added to this replica's next one, and is part of the center's state: in the
             end the center receives everything. With more than two replicas the sums are rounded once more, likewise.
         shared_memory: whether replicas that are all on one host sum through memory that they share, not through
-            sockets: at less than half of the processor's time, and without a byte sent. For ``wire="float32"`` on the
-            CPU, on Linux; elsewhere, and where processes do not see each other, as in containers of their own, it is
-            sockets as with False. Default True.
+            sockets: at less than half of the processor's time, and with some bytes sent in all. For
+            ``wire="float32"`` on the CPU, on Linux; elsewhere, and where processes do not see each other, as in
+            containers of their own, it is sockets as with False. Default True.
 
     Raises:
         ValueError: ``wire`` or ``shared_memory`` is another.
@@ -209,7 +210,7 @@ class _ReplicatedCenter(OpenCenter):
         self._timeout = timeout
         self._clock = self._additions = 0
         self._memory = [torch.zeros_like(initial) for _ in range(rule.num_vectors)]
-        # The delta, and what becomes the next center or the deltas' sum; from the first exchange on.
+        # The delta, and what becomes the next center or the deltas' sum; from the first exchange on, or shared.
         self._other: Tensor | None = None
         # Chunks of a rule without memory may be applied as they come: the old center stands until all have.
         self._by_chunks = not rule.num_vectors and not rule.synchronous_only
@@ -287,7 +288,7 @@ class _ReplicatedCenter(OpenCenter):
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
         self._require_open()
-        if not math.isfinite(self._copy(delta, read_at, 1.0)):
+        if not math.isfinite(self._copy(delta, read_at, 1.0, look=True)):
             self._refuse_nonfinite(delta)
         self._launch(self._other, 1.0, free=True)
 
@@ -300,7 +301,7 @@ class _ReplicatedCenter(OpenCenter):
         if not math.isfinite(total):
             self._refuse_nonfinite(x)
         if self._other is None or x.data_ptr() != self._other.data_ptr():
-            self._copy(x, snapshot.clock, scale)
+            self._copy(x, snapshot.clock, scale, look=False)
             self._launch(self._other, 1.0, free=True)
             return Completed(x)
         return _Lent(x, self._launch(x, scale * self._rule.weight(0), free=False))
@@ -309,14 +310,18 @@ class _ReplicatedCenter(OpenCenter):
         self.borrow()
         self._launch(None, 1.0, free=True)
 
-    def _copy(self, delta: Tensor, read_at: int, scale: float) -> float:
-        """Puts a delta with its factors into the memory of the next exchange; returns the sum of its numbers."""
+    def _copy(self, delta: Tensor, read_at: int, scale: float, *, look: bool) -> float:
+        """Puts a delta with its factors into the memory of the next exchange.
+
+        Returns:
+            The sum of its numbers if asked to ``look``, which is finite only if all numbers are; else 0.
+        """
         message = self.borrow()
         # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
         factor, total = scale * self._rule.weight(self._clock - read_at), 0.0
         for part, target in blocks(delta, message):
             target.copy_(part) if factor == 1 else torch.mul(part, factor, out=target)
-            total += float(part.sum())  # as in ``exchange``
+            total += float(part.sum()) if look else 0.0
         return total
 
     def _require_open(self) -> None:
