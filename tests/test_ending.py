@@ -144,10 +144,10 @@ class Reporting(Regression):
 class TwoOptimizers(Regression):
     """Steps its layers one after the other, and asks all ranks for a number after that."""
 
-    def __init__(self, replica, where):
+    def __init__(self, replica):
         super().__init__()
         self.automatic_optimization = False
-        self.replica, self.where = replica, where
+        self.replica = replica
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
@@ -205,7 +205,7 @@ def _train_and_signal(replica: int, folder: str, transport: Any, where: str) -> 
         val_check_interval=4 if where in ("in mid-epoch", "before an evaluation") else 1.0,
         accumulate_grad_batches=2 if where == "in mid-epoch" else 1,
         check_val_every_n_epoch=5 if where == "before the end of an epoch" else 1,
-    ).fit(TwoOptimizers(replica, where) if where == "between optimizers" else Reporting(), loader(), loader(64))
+    ).fit(TwoOptimizers(replica) if where == "between optimizers" else Reporting(), loader(), loader(64))
 
 
 @pytest.mark.parametrize(
