@@ -661,7 +661,7 @@ class ElasticStrategy(_DDPStrategy):
     def _after_metrics(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Computes an epoch's metrics first, for which all ask all: replica 0 would do it by itself in the hook."""
         assert self._trainer is not None
-        assert self._trainer.callback_metrics is not None  # Lightning computes them when they are looked at, and once
+        _ = self._trainer.callback_metrics  # Lightning computes them when they are looked at, and once
         return hook(*args, **kwargs)
 
     def _lead(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -1260,7 +1260,8 @@ class ElasticStrategy(_DDPStrategy):
     # --- what Lightning asks of all ranks ---------------------------------------------------------------------------
 
     # A process that failed is alone: ModelCheckpoint(save_on_exception=True) broadcasts and ends in a barrier. Inside
-    # an epoch over an asynchronous center every replica answers for itself; replica 0's answers are saved and logged.
+    # an epoch over an asynchronous center every replica answers for itself, and once it is to leave; what replica 0
+    # answers is saved and logged.
 
     @property
     def _is_alone(self) -> bool:

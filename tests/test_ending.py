@@ -156,8 +156,10 @@ class TwoOptimizers(Regression):
         if self.trainer.global_step == 6 and self.replica == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         first.step()
-        if self.replica == 0:
-            time.sleep(1.0)  # so that it hears of the signal here, and meets in the second one's step
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        while self.replica == 0 and not self.trainer.strategy._is_asked_to_stop:  # it meets in the second one's step
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         second.step()
         self.zero_grad()
         self.log("step_loss", loss, on_step=True, sync_dist=True)
