@@ -1297,7 +1297,7 @@ class ElasticStrategy(_DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self._stopped_together and self._free_running is not None and self._free_running.at_rest:
-            self._part(has_ended=True, for_good=True)  # replica 0 may have saved a checkpoint
+            self._part(for_good=True)  # replica 0 may have saved a checkpoint
         if self._rendezvous is not None and type(exception).__name__ != "SIGTERMException":
             first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
             if first is not None and first not in str(exception):

@@ -44,8 +44,8 @@ class SharedVectors:
         numel: d, > 0.
         dtype: of the vectors.
         replica: this one.
-        files: of all replicas in their order, each a descriptor of ``_size(numel, dtype)`` bytes; theirs to
-            close.
+        files: of all replicas in their order, each a descriptor of ``_size(numel, dtype)`` bytes; the caller
+            closes them.
 
     Attributes:
         own: this replica's two vectors, (d,) each. They begin as zeros.
@@ -95,7 +95,7 @@ class SharedVectors:
             try:
                 own = _new_file(_size(like.numel(), like.dtype), token)
             except OSError as error:
-                why_not = str(error)
+                why_not = str(error) or repr(error)  # never empty: that is consent
             place = {"host": _host(), "pid": os.getpid(), "file": own, "token": token.hex()}
             shape = f"{like.numel()} numbers of {like.dtype}"
             told = _tell_all(store, "memory", [place, shape], replica, num_replicas, timeout)
@@ -110,7 +110,7 @@ class SharedVectors:
                         files.append(_open_file(peer["pid"], peer["file"], peer["token"]))
                     vectors = cls(like.numel(), like.dtype, replica, files)
                 except OSError as error:
-                    why_not = str(error)
+                    why_not = str(error) or repr(error)  # never empty: that is consent
             # After that nobody needs another's descriptor any more.
             reasons = _tell_all(store, "mapped", why_not, replica, num_replicas, timeout)
         finally:
@@ -180,7 +180,7 @@ class SharedVectors:
 
 def _weighted_sum(vectors: Sequence[Tensor], factors: Sequence[float], out: Tensor) -> Tensor:
     """Returns ``out``, with the sum in it."""
-    if factors[0] == 1 and len(vectors) > 1:  # as it mostly is, and then a pass less
+    if factors[0] == 1 and len(vectors) > 1:  # as after a push, and a pass less
         torch.add(vectors[0], vectors[1], alpha=factors[1], out=out)
         first = 2
     else:
@@ -210,8 +210,6 @@ def _size(numel: int, dtype: torch.dtype) -> int:
 
 def _host() -> str:
     """Returns what is equal where one process can see another's descriptors, and no network is between them."""
-    if not hasattr(os, "memfd_create"):
-        return ""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return " ".join([boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))])

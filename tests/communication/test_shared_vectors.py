@@ -154,6 +154,19 @@ def test_where_one_cannot_share_all_use_sockets(name, monkeypatch, caplog):
     assert caplog.messages == ["the replicas sum through sockets, not through shared memory: not here"]
 
 
+def test_a_refusal_without_a_word_is_one(monkeypatch):
+    calls, original = [], _shared_vectors._open_file
+
+    def sometimes(*args):
+        calls.append(0)
+        if len(calls) == 1:
+            raise OSError
+        return original(*args)
+
+    monkeypatch.setattr(_shared_vectors, "_open_file", sometimes)
+    assert run_threads(open_vectors, 2) == [None, None]
+
+
 @pytest.mark.parametrize("second", ["boot pid:[4] net:[6]", "boot pid:[7] net:[5]", "other pid:[4] net:[5]", ""])
 def test_hosts_are_apart_where_a_network_is_between_them(second, monkeypatch):
     """Or another table of processes: a descriptor's number would mean something else there."""
