@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from lightning_easgd._seams import is_a
 from lightning_easgd.communication._c10d import PrefixStore, Store
 from lightning_easgd.sampling import Draws, DynamicSampler, replace_sampler
 
@@ -58,7 +59,8 @@ class DynamicData:
         patch: Callable[[Any, str, Callable[..., Any]], None],
         ahead: bool,
     ) -> None:
-        in_seconds = getattr(trainer, "_val_check_time_interval", None)  # Lightning >= 2.6
+        private: Any = trainer
+        in_seconds = private._val_check_time_interval
         interval = trainer.val_check_interval if in_seconds is None else f"{in_seconds:g} s"
         if not isinstance(interval, float) or interval != 1.0:
             raise _refusal(
@@ -179,7 +181,7 @@ class DynamicData:
     def _set_up(self, setup_data: Callable[[], None]) -> None:
         self._num_loaders_before = self._num_loaders
         setup_data()
-        if type(self._trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher":
+        if is_a(self._trainer.fit_loop._data_fetcher, "loops.fetchers._DataLoaderIterDataFetcher"):
             raise _refusal("training_step(dataloader_iter) takes its batches itself; let it take a batch instead")
         if self._sampler is not None and self._is_training and self._trainer.fit_loop.restarting:
             self._resume(self._sampler)

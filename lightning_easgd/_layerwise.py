@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd._coupling import Coupling
+from lightning_easgd._seams import callbacks_of, is_a
 from lightning_easgd.algorithms import Algorithm
 
 __all__ = ["Layerwise", "by_layer", "narrowed", "parts_of", "refuse_algorithm", "refuse_training"]
@@ -265,11 +266,7 @@ def refuse_training(trainer: Any, module: Any) -> None:
             f"{asked} with Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) or configure_gradient_clipping: "
             f"{gradients}; leave clipping out"
         )
-    schedules = (
-        callback
-        for callback in vars(trainer)["callbacks"]
-        if "GradientAccumulationScheduler" in (kind.__name__ for kind in type(callback).__mro__)
-    )
+    schedules = (c for c in callbacks_of(trainer) if is_a(c, "callbacks.GradientAccumulationScheduler"))
     if trainer.accumulate_grad_batches != 1 or any(
         schedule.going_to_accumulate_grad_batches() for schedule in schedules
     ):

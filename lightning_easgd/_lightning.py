@@ -42,6 +42,7 @@ def bind(namespace: str) -> tuple[Any, Any]:
             "__module__": home,
             "__doc__": ElasticStrategy.__doc__,
             "_monitor_type": monitor,
+            "_lightning_version": f"{namespace} {importlib.import_module(namespace.partition('.')[0]).__version__}",
             "_sigterm_exception": importlib.import_module(f"{namespace}.utilities.exceptions").SIGTERMException,
             "_bound_to": f"{namespace}; for a Trainer of {other}: `from {HOMES[other]} import EASGDStrategy`",
         },

@@ -52,7 +52,8 @@ class ElasticMonitor(_Callback):
     ==================================== ==========================================================================
 
     A module with several optimizers gets ``easgd/0/...``, ``easgd/1/...``. At the start of ``fit`` the strategy's
-    hyper-parameters go to every logger's ``log_hyperparams`` (with W&B: into the run's config).
+    hyper-parameters go to every logger's ``log_hyperparams`` (with W&B: into the run's config) as ``strategy/period``,
+    ``strategy/algorithm`` and so on, apart from the module's own. A logger that refuses them costs a warning.
 
     ``EASGDStrategy`` adds this callback by itself where the Trainer has a logger and no monitor.
     """
@@ -88,8 +89,15 @@ class ElasticMonitor(_Callback):
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if isinstance(trainer.strategy, ElasticStrategy):
+            values = {f"strategy/{name}": value for name, value in trainer.strategy.hyperparameters().items()}
             for logger in trainer.loggers:
-                logger.log_hyperparams(trainer.strategy.hyperparameters())
+                try:
+                    logger.log_hyperparams(values)
+                except Exception as error:  # its own kind; a run is not to end because a tracker keeps old values
+                    rank_zero_warn(
+                        f"{type(logger).__name__} did not take the strategy's hyper-parameters, and training goes on "
+                        f"without them there: {error}"
+                    )
 
     @override
     def on_train_batch_end(

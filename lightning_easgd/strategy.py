@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_easgd._arguments import refuse_unknown
 from lightning_easgd._buffers import CenterBuffers
 from lightning_easgd._coupling import Coupling, Passage, num_slots
 from lightning_easgd._dynamic import DynamicData
@@ -43,11 +44,10 @@ from lightning_easgd._members import Layout, Members, SharedTurnstile
 from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd._resume import Resumption, differences
+from lightning_easgd._seams import callbacks_of, is_a, missing, verify
 from lightning_easgd._start import check_same_parameters, start_from_rank_0
-from lightning_easgd.algorithms import (
-    EASGD,
-    Algorithm,
-)
+from lightning_easgd._steps import Steps
+from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.averages import CenterAverage
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
@@ -87,9 +87,10 @@ class ElasticStrategy(_DDPStrategy):
     As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument; the other names are presets of it.
     """
 
-    # Set by the binding: the namespace, and how a user of the other one imports the class that fits; the monitor; what
-    # Lightning raises after a signal.
+    # Set by the binding: the namespace, and how a user of the other one imports the class that fits; its version; the
+    # monitor; what Lightning raises after a signal.
     _bound_to: str
+    _lightning_version: str
     _monitor_type: type[Any]
     _sigterm_exception: type[BaseException]
 
@@ -170,11 +171,13 @@ class ElasticStrategy(_DDPStrategy):
             timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
             start_method: as for DDPStrategy.
             **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
-                as ``find_unused_parameters``.
+                as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
 
         Raises:
+            TypeError: there is no such argument; names where it belongs, if anywhere.
             ValueError: an argument has the wrong type or value.
         """
+        refuse_unknown(kwargs, type(self))
         for name, value, kind in (
             ("algorithm", algorithm, Algorithm),
             ("transport", transport, Transport),
@@ -238,6 +241,7 @@ class ElasticStrategy(_DDPStrategy):
         self.couplings: list[Coupling] = []
         self._by_optimizer: dict[int, list[Coupling]] = {}
         self._layerwise: Layerwise | None = None
+        self._steps: Steps | None = None
         self._group: Group | None = None  # over all ranks, for what is not a center; None for one
         self._members: Members | None = None  # the ranks of this replica
         self._buffers: CenterBuffers | None = None
@@ -254,6 +258,9 @@ class ElasticStrategy(_DDPStrategy):
         self._stop_seen_at: float | None = None
         self._stopped_together = False
         self._report_every = 0
+        self._last_seen = (0, 0)  # steps and additions at the last evaluation
+        self._additions_at_start = 0
+        self._has_said_unchanged = False
         self._generation = 0
         self._resumption = Resumption()
         super().__init__(
@@ -353,6 +360,7 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def setup(self, trainer: "Trainer") -> None:
         self._trainer = trainer
+        verify(trainer, self._lightning_version)
         if self._layer_sync is not None and self.layout.replica_size == 1:
             # It would synchronise statistics over all replicas at every forward.
             self._layer_sync = None
@@ -376,9 +384,9 @@ class ElasticStrategy(_DDPStrategy):
             self._dynamic.start()
 
     def _refuse_callbacks(self, trainer: "Trainer") -> None:
-        for callback in vars(trainer)["callbacks"]:
+        for callback in callbacks_of(trainer):
             # As a callback it trains inside of fit, ends that training, and lets another begin in its place.
-            if type(callback).__name__ == "LearningRateFinder" and not getattr(callback, "_early_exit", False):
+            if is_a(callback, "callbacks.LearningRateFinder") and not getattr(callback, "_early_exit", False):
                 raise ValueError(
                     "EASGDStrategy: the callback LearningRateFinder runs a training inside of fit; call "
                     "Tuner(trainer).lr_find(module) before fit instead"
@@ -386,7 +394,7 @@ class ElasticStrategy(_DDPStrategy):
 
     def _add_monitor(self, trainer: "Trainer") -> None:
         """Adds an ElasticMonitor where there is none: with the strategy's name alone, a run shows its coupling."""
-        callbacks: list[Any] = vars(trainer)["callbacks"]
+        callbacks: list[Any] = callbacks_of(trainer)
         if not any(isinstance(callback, self._monitor_type) for callback in callbacks):
             monitor = self._monitor_type()
             callbacks.insert(0, monitor)  # ModelCheckpoint stays last
@@ -421,9 +429,27 @@ class ElasticStrategy(_DDPStrategy):
                     "would average gradients over all replicas; a hook without state gets the replica's own group"
                 )
             super().configure_ddp()
+        else:
+            self._stand_for_ddp()
         self._show_layout(layout)
         self._buffers = CenterBuffers(self._module, self._group, layout.world_size, self._members.group)
         self._set_up_sampling(self._rendezvous, self._members)
+
+    def _stand_for_ddp(self) -> None:
+        """Lets scripts that were written for ``ddp`` find at ``trainer.model`` what its wrapper has for them.
+
+        Here the module is not wrapped: ``trainer.model.module`` is the module, and ``no_sync()`` has nothing to do.
+        """
+        if asked := sorted(self._ddp_kwargs.keys() - {"process_group"}):
+            rank_zero_warn(
+                f"EASGDStrategy({', '.join(f'{name}=...' for name in asked)}) has no effect with one process a "
+                "replica: these are arguments of DistributedDataParallel, which wraps a replica of several ranks"
+            )
+        own: Any = vars(self._module)  # not setattr, which would make the module a part of itself
+        for name, value in (("module", self._module), ("no_sync", nullcontext)):
+            if not hasattr(self._module, name):
+                own[name] = value
+                self._cleanup.callback(own.pop, name, None)
 
     def _show_layout(self, layout: Layout) -> None:
         """Says which ranks form which replica."""
@@ -502,6 +528,15 @@ class ElasticStrategy(_DDPStrategy):
         if self.layerwise:
             self._layerwise = Layerwise(self._module, self.optimizers[0], self.couplings)
             self._cleanup.callback(self._layerwise.close)
+        self._steps = Steps(
+            self._module,
+            self.optimizers,
+            take=self._take_step,
+            add_force=self._add_force_of,
+            is_training=lambda: self._trainer is not None and bool(self._trainer.training),
+        )
+        self._steps.open()
+        self._cleanup.callback(self._steps.close)
         if not self.transport.synchronous:
             self._free_running = FreeRunning(
                 self.couplings,
@@ -625,19 +660,19 @@ class ElasticStrategy(_DDPStrategy):
         """Puts this strategy into the places of the Trainer's loops for which a Strategy has no hook."""
         fit_loop = trainer.fit_loop
         epoch_loop = fit_loop.epoch_loop
-        if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):  # Lightning >= 2.6: a WORLD broadcast at every batch
-            self._patch(epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+        # A WORLD broadcast at every batch.
+        self._patch(epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
         self._patch(trainer._signal_connector, "_sigterm_notifier_fn", self._on_sigterm)
         # Around the whole of an evaluation, so that callbacks' hooks see its weights too, and an error puts them back.
         self._patch(epoch_loop.val_loop, "run", partial(self._evaluate, epoch_loop.val_loop.run))
         self._patch(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
-        for callback in vars(trainer)["callbacks"]:
+        for callback in callbacks_of(trainer):
             # A time limit broadcasts at every batch, where replicas with more batches than rank 0 would wait for good.
-            if "Timer" in (kind.__name__ for kind in type(callback).__mro__) and hasattr(callback, "time_elapsed"):
+            if is_a(callback, "callbacks.Timer"):
                 self._patch(callback, "on_train_batch_end", partial(self._check_time, callback))
         if self._free_running is not None:
-            for callback in vars(trainer)["callbacks"]:
-                if "Checkpoint" in (kind.__name__ for kind in type(callback).__mro__):
+            for callback in callbacks_of(trainer):
+                if is_a(callback, "callbacks.Checkpoint"):
                     self._let_0_decide(callback)
         if any(c.algorithm.proximal_term.__func__ is not Algorithm.proximal_term for c in self.couplings):  # type: ignore[attr-defined]
             plugin = self.precision_plugin
@@ -705,9 +740,20 @@ class ElasticStrategy(_DDPStrategy):
         self._dump = None
 
     def _patch(self, owner: object, name: str, value: Callable[..., Any]) -> None:
-        """Hides a method of one object by ``value`` until teardown."""
+        """Hides a method of one object by ``value`` until teardown, which puts back what the object itself had there.
+
+        Raises:
+            RuntimeError: the object has no such method, in this version of Lightning.
+        """
+        if not hasattr(owner, name):
+            raise missing(f"{type(owner).__name__}.{name}", self._lightning_version)
+        own = vars(owner)
+        has_own, before = name in own, own.get(name)
         setattr(owner, name, value)
-        self._cleanup.callback(vars(owner).pop, name, None)
+        if has_own:
+            self._cleanup.callback(setattr, owner, name, before)
+        else:
+            self._cleanup.callback(own.pop, name, None)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -719,6 +765,31 @@ class ElasticStrategy(_DDPStrategy):
         model: "LightningModule | nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
+        output = None
+
+        def local_update() -> None:
+            nonlocal output
+            # DDPStrategy's own adds nothing without its model averager, which this strategy never has.
+            output = super(ElasticStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
+
+        if self._layerwise is None:
+            self._take_step(optimizer, local_update)
+            return output
+        # The precision plugin's part of an optimizer step, without the update: the layers have had it by then.
+        return self._take_step(
+            optimizer, partial(self.precision_plugin._wrap_closure, self._module, optimizer, closure)
+        )
+
+    def _take_step(self, optimizer: Optimizer, update: Callable[[], Any]) -> Any:
+        """Makes one step of an optimizer's replica, exchange included, and attends to what others ask for.
+
+        Args:
+            optimizer: one of those that configure_optimizers returned.
+            update: its own step; with layers their forward and backward pass alone.
+
+        Returns:
+            What ``update`` returned, with layers.
+        """
         couplings = self._by_optimizer.get(id(optimizer))
         if couplings is None:
             raise RuntimeError(
@@ -727,24 +798,19 @@ class ElasticStrategy(_DDPStrategy):
             )
         if self._is_leaving:  # in a step with several optimizers
             raise self._sigterm_exception()
-        output = None
-
-        def local_update() -> None:
-            nonlocal output
-            # DDPStrategy's own adds nothing without its model averager, which this strategy never has.
-            output = super(ElasticStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
-
         assert self._trainer is not None
+        assert self._steps is not None
         at = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own log entries
         recover = partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None
-        if self.fragments > 1:
-            step_fragments(couplings, local_update, recover=recover, at=at)
-        elif self._layerwise is None:
-            [coupling] = couplings
-            coupling.step(local_update, recover=recover, at=at)
-        else:  # the precision plugin's part of an optimizer step, without the update: the layers have had it by then
-            backward = partial(self.precision_plugin._wrap_closure, self._module, optimizer, closure)
-            output = self._layerwise.step(backward, recover=recover, at=at)
+        output = None
+        with self._steps.counted():
+            if self.fragments > 1:
+                step_fragments(couplings, update, recover=recover, at=at)
+            elif self._layerwise is None:
+                [coupling] = couplings
+                coupling.step(update, recover=recover, at=at)
+            else:
+                output = self._layerwise.step(update, recover=recover, at=at)
         self._rendezvous_progress()
         if any(coupling.ended for coupling in couplings):
             self._trainer.should_stop = True
@@ -762,9 +828,12 @@ class ElasticStrategy(_DDPStrategy):
 
     def _add_force(self, after_closure: Callable[..., None], model: Any, optimizer: Any) -> None:
         """Before Lightning's own, which calls ``on_before_optimizer_step`` and clips: gradients are unscaled here."""
+        self._add_force_of(optimizer)
+        after_closure(model, optimizer)
+
+    def _add_force_of(self, optimizer: Optimizer) -> None:
         for coupling in self._by_optimizer.get(id(optimizer), []):
             coupling.add_force()
-        after_closure(model, optimizer)
 
     def _recover(self, optimizer: Optimizer, parameters: Sequence[Tensor] | None = None) -> None:
         log.warning(
@@ -856,7 +925,9 @@ class ElasticStrategy(_DDPStrategy):
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
         self._resumption.own = None  # whatever had to be put back has been
-        output = super().training_step(*args, **kwargs)
+        by_hand = self._steps is not None and not self._module.automatic_optimization
+        with self._steps.watching() if by_hand and self._steps is not None else nullcontext():
+            output = super().training_step(*args, **kwargs)
         if self.algorithm.needs_loss:
             loss = output.get("loss") if isinstance(output, Mapping) else output
             if isinstance(loss, Tensor):
@@ -929,6 +1000,7 @@ class ElasticStrategy(_DDPStrategy):
         if self._free_running is not None:
             return self._evaluate_between(self._free_running, run)
         self._meet(EVALUATION, for_center=self.evaluate == "center")
+        self._say_if_unchanged()
         with self._holding(self.evaluate):
             result = run()
         if self._group is not None:  # a signal has come to all by now, or to none
@@ -939,6 +1011,33 @@ class ElasticStrategy(_DDPStrategy):
                 self._set_received_sigterm()
         return result
 
+    def _say_if_unchanged(self, *, at_end: bool = False) -> None:
+        """Warns, once a run, of an evaluation whose center is that of the one before, and of an end without exchange.
+
+        Args:
+            at_end: whether training ends here; else this is an evaluation.
+        """
+        assert self._steps is not None
+        steps, additions = self._steps.count, sum(coupling.center.additions for coupling in self.couplings)
+        (steps_before, additions_before), self._last_seen = self._last_seen, (steps, additions)
+        if additions != (self._additions_at_start if at_end else additions_before):
+            return
+        period = f"an exchange is due every {self.algorithm.period} optimizer steps"
+        if at_end and steps > 0:
+            rank_zero_warn(
+                f"EASGDStrategy: training ended after {steps} optimizer steps without an exchange ({period}). The "
+                "center, which is saved and which the module now holds, is what training began with: train longer, or "
+                f"exchange more often, for example {type(self.algorithm).__name__}(period={max(1, steps // 2)})"
+            )
+        elif not at_end and steps > steps_before and self.evaluate == "center" and not self._has_said_unchanged:
+            self._has_said_unchanged = True
+            rank_zero_warn(
+                f"EASGDStrategy: this evaluation, after {steps} optimizer steps, sees the same center as the one "
+                f"before, {steps - steps_before} steps ago, or as the start of training: {period}. Metrics repeat "
+                "until then, and EarlyStopping counts that against its patience: exchange more often, or evaluate "
+                "less often"
+            )
+
     def _evaluate_between(self, free_running: FreeRunning, run: Callable[[], Any]) -> Any:
         if self._is_leaving:
             return []
@@ -947,6 +1046,7 @@ class ElasticStrategy(_DDPStrategy):
             log.warning("replica %d leaves an evaluation out: others have ended their epoch already", self.replica)
             free_running.is_free = was_free
             return []
+        self._say_if_unchanged()
         with self._holding(self.evaluate):
             result = run()
         self._part()
@@ -985,6 +1085,7 @@ class ElasticStrategy(_DDPStrategy):
     def _end_training(self, on_run_end: Callable[[], None]) -> None:
         if self._free_running is not None:
             self._meet(END_OF_TRAINING)
+            self._say_if_unchanged(at_end=True)
             self._hold("center")
             on_run_end()
             self._part(has_ended=True)
@@ -994,6 +1095,7 @@ class ElasticStrategy(_DDPStrategy):
                 self._rendezvous.retire()
             return
         self._meet(END_OF_TRAINING, for_center=True)
+        self._say_if_unchanged(at_end=True)
         assert self._rendezvous is not None
         self._rendezvous.retire()  # from here on a peer may end before this process does
         self._hold("center")
@@ -1002,8 +1104,8 @@ class ElasticStrategy(_DDPStrategy):
     def _share_checkpoints(self) -> None:
         """Tells all what replica 0's callbacks have saved: ``ckpt_path="best"`` names one file. Collective."""
         assert self._trainer is not None
-        for callback in vars(self._trainer)["callbacks"]:
-            if "ModelCheckpoint" in (kind.__name__ for kind in type(callback).__mro__):
+        for callback in callbacks_of(self._trainer):
+            if is_a(callback, "callbacks.ModelCheckpoint"):
                 state = self.broadcast(callback.state_dict())
                 if not self.is_global_zero:
                     callback.load_state_dict(state)
@@ -1222,6 +1324,9 @@ class ElasticStrategy(_DDPStrategy):
         self._couple_anew()
         self._tell_epoch_length(trainer)
         self._resumption.start_epoch(trainer, on_run_start, data_fetcher)
+        if self._steps is not None and self._steps.count == 0:
+            self._additions_at_start = sum(coupling.center.additions for coupling in self.couplings)
+            self._last_seen = (0, self._additions_at_start)
         if self._free_running is not None:
             self._go_free(self._free_running)
 
@@ -1287,7 +1392,8 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         if self._is_alone:
-            return tensor.unsqueeze(0).expand(self.layout.world_size, *tensor.shape)
+            own = tensor if sync_grads else tensor.detach()
+            return own.unsqueeze(0).expand(self.layout.world_size, *tensor.shape).clone()
         gathered: Tensor = super().all_gather(tensor, group, sync_grads)
         return gathered
 
@@ -1298,7 +1404,7 @@ class ElasticStrategy(_DDPStrategy):
         super().on_exception(exception)
         if self._stopped_together and self._free_running is not None and self._free_running.at_rest:
             self._part(for_good=True)  # replica 0 may have saved a checkpoint
-        if self._rendezvous is not None and type(exception).__name__ != "SIGTERMException":
+        if self._rendezvous is not None and not isinstance(exception, self._sigterm_exception):
             first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
             if first is not None and first not in str(exception):
                 # This process only lost its peer; the user wants to know why.
@@ -1313,12 +1419,13 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers = self._group = None
             self._holds_center = False
             self._by_optimizer.clear()
-            self._layerwise = None
+            self._layerwise = self._steps = None
             self._rendezvous = self._free_running = self._dynamic = None
             self._saves.clear()
             self._dump = None
             self._stop_seen_at = None
-            self._stopped_together = False
+            self._stopped_together = self._has_said_unchanged = False
+            self._last_seen, self._additions_at_start = (0, 0), 0
             self._resumption = Resumption()
             self._members = None
             self._ddp_kwargs.pop("process_group", None)
@@ -1341,7 +1448,7 @@ class ElasticStrategy(_DDPStrategy):
     def hyperparameters(self) -> dict[str, Any]:
         """Returns what a logger should keep of this run's strategy: plain values."""
         return {
-            "strategy": type(self).__name__,
+            "name": type(self).__name__,
             "transport": type(self.transport).__name__,
             "num_replicas": self.num_replicas,
             "replica_size": self.layout.replica_size,

@@ -94,8 +94,11 @@ class EverySort(Regression):
         self.log("on_step", loss, sync_dist=True, on_step=True, on_epoch=True, prog_bar=True)
         self.log("summed", loss, sync_dist=True, on_step=True, reduce_fx="sum")
         self.log("on_epoch", loss, sync_dist=True, on_step=False, on_epoch=True)
-        gathered = self.all_gather(loss.detach())
+        gathered = self.all_gather(loss)
         assert gathered.shape == (2,)
+        assert not gathered.requires_grad
+        gathered.zero_()  # nobody else's memory, and each row its own
+        assert self.all_gather(loss, sync_grads=True).requires_grad
         return loss
 
 

@@ -660,8 +660,8 @@ def test_the_monitor_comes_by_itself_and_logs(tmp_path):
     assert [int(row["step"]) for row in rows] == [3, 7, 11, 15]
     assert float(rows[0]["easgd/consensus_distance"]) > 0  # the exchange in step 0 would be of nothing
     hyperparameters = (folder / "hparams.yaml").read_text()
-    for line in ("strategy: EASGDStrategy", "algorithm: EASGD", "period: 4", "moving_rate: 0.45", "num_replicas: 2"):
-        assert line in hyperparameters
+    for line in ("name: EASGDStrategy", "algorithm: EASGD", "period: 4", "moving_rate: 0.45", "num_replicas: 2"):
+        assert f"strategy/{line}" in hyperparameters
 
 
 def test_the_monitors_interval_is_checked():

@@ -1,0 +1,173 @@
+"""Every step of a module's optimizers, whoever makes it: Lightning, or the module itself.
+
+Lightning tells a strategy only of the steps that go through its own wrapper. In manual optimization a module may step
+torch's optimizer itself (``self.optimizers(use_pl_optimizer=False)``), or one that another wraps (the base optimizer of
+SAM). Such a step must exchange like any other: one that nobody counts would leave the center as training began.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """Takes every step of the optimizers to where it is counted, and refuses what cannot be counted.
+
+    From ``open`` to ``close`` the optimizers' own ``step`` is replaced, and that of the optimizers that they wrap.
+
+    Args:
+        module: whose parameters are trained.
+        optimizers: what ``configure_optimizers`` returned.
+        take: ``take(optimizer, update)`` makes one counted step of one of ``optimizers``, in which ``update()`` is the
+            optimizer's own.
+        add_force: ``add_force(optimizer)`` adds to the gradients what the algorithm adds, before the optimizer's own
+            step.
+        is_training: whether a training batch is going on; elsewhere the module may do what it likes.
+
+    Attributes:
+        count: steps counted so far.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        take: Callable[[Optimizer, Callable[[], Any]], None],
+        add_force: Callable[[Optimizer], None],
+        is_training: Callable[[], bool],
+    ) -> None:
+        self._module, self._optimizers = module, optimizers
+        self._take, self._add_force, self._is_training = take, add_force, is_training
+        self.count = 0
+        self._is_inside = False
+        self._undo: list[Callable[[], object]] = []
+        self._known: set[int] = set()
+
+    def open(self) -> None:
+        """Begins to see the steps."""
+        for optimizer in self._optimizers:
+            for each in _with_wrapped(optimizer):
+                if id(each) not in self._known:
+                    self._known.add(id(each))
+                    self._replace(each, optimizer)
+        self._undo.append(register_optimizer_step_pre_hook(self._refuse_unknown).remove)
+
+    def close(self) -> None:
+        """Gives the optimizers their own ``step`` back, where nobody has replaced it since. Idempotent."""
+        while self._undo:
+            self._undo.pop()()
+        self._known.clear()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts one step, within which the optimizers' own steps are parts of it."""
+        before, self._is_inside = self._is_inside, True
+        self.count += not before
+        try:
+            yield
+        finally:
+            self._is_inside = before
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches a batch of manual optimization.
+
+        Raises:
+            RuntimeError: it changed parameters, and no step of an optimizer has been counted so far.
+        """
+        trained = self._trained() if self.count == 0 else []
+        before = [
+            p.detach().clone() for p in trained
+        ]  # not the versions, which ``p.data.sub_(...)`` leaves as they are
+        yield
+        if self.count == 0 and not all(torch.equal(p, value) for p, value in zip(trained, before, strict=True)):
+            raise RuntimeError(
+                f"EASGDStrategy: {type(self._module).__name__}.training_step changed parameters without a step of an "
+                "optimizer that configure_optimizers returned. Exchanges are counted in such steps, so the center, "
+                "which is evaluated and saved, would stay as training began: make the update with an optimizer (one "
+                "of your own class will do) and return it from configure_optimizers"
+            )
+
+    def _trained(self) -> list[Tensor]:
+        own = [p for o in self._optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
+        return own or [p for p in self._module.parameters() if p.requires_grad]
+
+    def _replace(self, optimizer: Optimizer, of: Optimizer) -> None:
+        own: Any = optimizer.step
+        before = vars(optimizer).get("step")
+
+        @wraps(getattr(own, "__func__", own))
+        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._is_inside or not self._known or not self._is_training():
+                return own(*args, **kwargs)
+            closure, others = kwargs.pop("closure", None), args
+            if closure is None and args:
+                closure, others = args[0], args[1:]
+            output = None
+
+            def with_force() -> Any:
+                loss = closure()
+                self._add_force(of)
+                return loss
+
+            def update() -> None:
+                nonlocal output
+                if closure is None:
+                    self._add_force(of)
+                    output = own(*others, **kwargs)
+                else:
+                    output = own(with_force, *others, **kwargs)
+
+            self._take(of, update)
+            return output
+
+        ours = MethodType(step, optimizer)  # a method, as schedulers that come later expect
+        vars(optimizer)["step"] = ours
+
+        def undo() -> None:
+            if vars(optimizer).get("step") is not ours:
+                return  # somebody else's wrapper, for which ours is transparent from here on
+            if before is None:
+                del vars(optimizer)["step"]
+            else:
+                vars(optimizer)["step"] = before
+
+        self._undo.append(undo)
+
+    def _refuse_unknown(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._is_inside or id(optimizer) in self._known or not self._is_training():
+            return
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        held = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+        if held:
+            raise RuntimeError(
+                f"EASGDStrategy: {type(self._module).__name__} steps a {type(optimizer).__name__} that "
+                f"configure_optimizers did not return, and that holds {len(held)} of the module's parameters "
+                f"({held[0]!r}, ...): the center would not learn of it. Return it from configure_optimizers, or make "
+                "it an attribute of the optimizer there that wraps it"
+            )
+
+
+def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yields an optimizer and those that it holds as attributes, as SAM and Lookahead hold their base optimizers."""
+    seen: set[int] = set()
+    waiting: list[Any] = [optimizer]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list | tuple | dict):
+            items = each.values() if isinstance(each, dict) else each
+            waiting += [item for item in items if isinstance(item, Optimizer)]
+        elif isinstance(each, Optimizer) and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting += vars(each).values()
