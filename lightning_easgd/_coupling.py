@@ -298,6 +298,11 @@ class Coupling:
         self._receive()
 
     @property
+    def is_apart(self) -> bool:
+        """Whether the replica is anywhere else than the center as of the last completed exchange."""
+        return self.vector.distance(self.center.value) > 0
+
+    @property
     def stop_votes(self) -> int:
         """How many replicas asked to stop, as of the last completed exchange."""
         return int(self.center.announced[STOP])

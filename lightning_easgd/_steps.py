@@ -27,6 +27,7 @@ class Steps:
     Args:
         module: whose parameters are trained.
         optimizers: what ``configure_optimizers`` returned.
+        is_automatic: whether Lightning makes the steps, after the module's ``training_step``.
         take: ``take(optimizer, update)`` makes one counted step of one of ``optimizers``, in which ``update()`` is the
             optimizer's own.
         add_force: ``add_force(optimizer)`` adds to the gradients what the algorithm adds, before the optimizer's own
@@ -35,6 +36,7 @@ class Steps:
 
     Attributes:
         count: steps counted so far.
+        num_batches: training batches begun so far.
     """
 
     def __init__(
@@ -42,13 +44,14 @@ class Steps:
         module: nn.Module,
         optimizers: Sequence[Optimizer],
         *,
+        is_automatic: bool,
         take: Callable[[Optimizer, Callable[[], Any]], None],
         add_force: Callable[[Optimizer], None],
         is_training: Callable[[], bool],
     ) -> None:
-        self._module, self._optimizers = module, optimizers
+        self._module, self._optimizers, self._is_automatic = module, optimizers, is_automatic
         self._take, self._add_force, self._is_training = take, add_force, is_training
-        self.count = 0
+        self.count = self.num_batches = 0
         self._is_inside = False
         self._undo: list[Callable[[], object]] = []
         self._known: set[int] = set()
@@ -79,13 +82,14 @@ class Steps:
             self._is_inside = before
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watches a batch of manual optimization.
+    def batch(self) -> Iterator[None]:
+        """Surrounds the module's ``training_step``; looks at what it does until the first step is counted.
 
         Raises:
             RuntimeError: it changed parameters, and no step of an optimizer has been counted so far.
         """
-        trained = self._trained() if self.count == 0 else []
+        self.num_batches += 1
+        trained = self._trained() if self.count == 0 and not self._is_automatic else []
         before = [
             p.detach().clone() for p in trained
         ]  # not the versions, which ``p.data.sub_(...)`` leaves as they are

@@ -531,6 +531,7 @@ class ElasticStrategy(_DDPStrategy):
         self._steps = Steps(
             self._module,
             self.optimizers,
+            is_automatic=bool(self._module.automatic_optimization),
             take=self._take_step,
             add_force=self._add_force_of,
             is_training=lambda: self._trainer is not None and bool(self._trainer.training),
@@ -925,8 +926,7 @@ class ElasticStrategy(_DDPStrategy):
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
         self._resumption.own = None  # whatever had to be put back has been
-        by_hand = self._steps is not None and not self._module.automatic_optimization
-        with self._steps.watching() if by_hand and self._steps is not None else nullcontext():
+        with nullcontext() if self._steps is None else self._steps.batch():
             output = super().training_step(*args, **kwargs)
         if self.algorithm.needs_loss:
             loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -1023,7 +1023,13 @@ class ElasticStrategy(_DDPStrategy):
         if additions != (self._additions_at_start if at_end else additions_before):
             return
         period = f"an exchange is due every {self.algorithm.period} optimizer steps"
-        if at_end and steps > 0:
+        if at_end and steps == 0 and self._steps.num_batches > 0 and any(c.is_apart for c in self.couplings):
+            rank_zero_warn(
+                f"EASGDStrategy: training ended after {self._steps.num_batches} batches without a step of an optimizer "
+                "that configure_optimizers returned, and yet parameters have changed. The center, which is saved and "
+                "which the module now holds, knows nothing of it: make the updates with such an optimizer"
+            )
+        elif at_end and steps > 0:
             rank_zero_warn(
                 f"EASGDStrategy: training ended after {steps} optimizer steps without an exchange ({period}). The "
                 "center, which is saved and which the module now holds, is what training began with: train longer, or "

@@ -1,6 +1,7 @@
 """Manual optimization that steps torch's optimizers without Lightning: it exchanges like any other, or is refused."""
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -94,6 +95,15 @@ class Manual(Regression):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 5)]
 
 
+class InAHook(Manual):
+    """Changes its parameters where no batch is looked at."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            for p in self.parameters():
+                p.sub_(0.01)
+
+
 def _train(how: str, algorithm: Any) -> tuple[torch.Tensor, int, bool | None]:
     module, strategy = Manual(how), EASGDStrategy(algorithm)
     clocks = []
@@ -122,30 +132,40 @@ def _manual(replica: int) -> Any:
             trainer(strategy=EASGDStrategy(EASGD(period=3))).fit(module, loader(shuffle=False))
         except RuntimeError as error:
             refused[how] = str(error), torch.equal(before, flat(module))
-    trainer(strategy="easgd").fit(Manual("none"), loader(shuffle=False))  # changes nothing: nothing to say
-    return found, refused
+    said = []
+    for module in (Manual("none"), InAHook("none")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(strategy="easgd").fit(module, loader(shuffle=False))
+        said.append([str(w.message) for w in caught if "EASGDStrategy" in str(w.message)])
+    return found, refused, said
 
 
 def test_steps_without_lightning_exchange_as_those_with_it_or_are_refused():
     results = run_replicas(_manual, 2)
     for name in ("EASGD", "LocalSGD", "Parle"):
-        (center, exchanges, _), (other, *_) = (found[name, "lightning"] for found, _ in results)
+        (center, exchanges, _), (other, *_) = (found[name, "lightning"] for found, *_ in results)
         assert torch.equal(center, other)
         assert exchanges > 0
         for how, reference in (("raw", "lightning"), ("closure", "lightning closure"), ("sam", "lightning sam")):
-            for found, _ in results:
+            for found, *_ in results:
                 # Others read the center, or add their force, between the two gradients that SAM takes by itself.
                 is_same = torch.equal(found[name, how][0], found[name, reference][0])
                 assert is_same or (how == "sam" and name != "EASGD"), (name, how)
                 assert found[name, how][1] == exchanges
                 assert found[name, how][2] is (None if "sam" in how else True)
-    for _, refused in results:
+    for _, refused, _ in results:
         assert refused.keys() == {"own", "by hand", "by hand, through data"}
         text, is_untouched = refused["own"]
         assert is_untouched
         assert re.search(r"Manual steps a Adam that configure_optimizers did not return.*'net.0.weight'", text)
         for how in ("by hand", "by hand, through data"):
             assert "training_step changed parameters without a step of an optimizer" in refused[how][0]
+
+    # Replica 0 says of a whole training what no batch showed: one module changed nothing, the other behind its back.
+    nothing, [text] = results[0][2]
+    assert nothing == []
+    assert "training ended after 8 batches without a step of an optimizer" in text
 
 
 def _steps(module: nn.Module, *optimizers: Any, is_training: bool = True) -> tuple[Steps, list[Any]]:
@@ -156,7 +176,14 @@ def _steps(module: nn.Module, *optimizers: Any, is_training: bool = True) -> tup
         with steps.counted():
             update()
 
-    steps = Steps(module, optimizers, take=take, add_force=lambda optimizer: None, is_training=lambda: is_training)
+    steps = Steps(
+        module,
+        optimizers,
+        is_automatic=True,
+        take=take,
+        add_force=lambda optimizer: None,
+        is_training=lambda: is_training,
+    )
     steps.open()
     return steps, taken
 
