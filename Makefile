@@ -19,7 +19,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -q -n 3
+PYTEST_ARGS ?= -q -n 3 --dist loadgroup
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 MATRIX_ARGS ?=

@@ -123,7 +123,7 @@ def suite(session: nox.Session, torch: str, lightning: str) -> None:
         f"--python-version={session.python}",
         *(f"--disable-error-code={code}" for code in missing),
     )
-    arguments = session.posargs or ["-n", "2"]
+    arguments = session.posargs or ["-n", "2", "--dist", "loadgroup"]
     tests = _passes(session, "pytest", "-q", f"--junitxml={report}", *arguments)
     seconds = time.monotonic() - started
 
