@@ -2,6 +2,7 @@
 # make test    sets up a virtual environment and runs lint, types and the tests
 # make check   lint and types only
 # make fix     sorts imports, repairs what ruff can repair, formats
+# make matrix  lint, types and tests on all versions that are supported, and docs/versions.md; hours, see noxfile.py
 # make bench   a step's cost beside the peers: benchmarks/peers.py
 # make clean   removes caches and build outputs; the next command installs again
 #
@@ -11,14 +12,17 @@
 #   PYTEST_ARGS  arguments of pytest; -n is in how many processes, each of whose tests may have two or three more
 #   DEMO_ARGS    arguments of examples/digits.py
 #   BENCH_ARGS   arguments of benchmarks/peers.py
+#   MATRIX_ARGS  arguments of nox, e.g. MATRIX_ARGS='-s "suite(python=3.12, torch=2.14.1)"'. Interpreters are found as
+#                python3.10 and so on; pyenv offers several at once with PYENV_VERSION=3.11.7:3.10.13:3.12.1:3.13.0
 #   TORCH_ARGS   arguments of pip where it installs torch. The wheel that PyPI has for Linux brings CUDA, some gigabytes;
 #                without a GPU: TORCH_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -q -n 3
+PYTEST_ARGS ?= -q -n 3 --dist loadgroup
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+MATRIX_ARGS ?=
 TORCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +33,7 @@ PIP := $(BIN)/python -m pip
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: demo test check fix bench clean
+.PHONY: demo test check fix matrix bench clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.stamp-demo
@@ -42,6 +46,9 @@ check: $(VENV)/.stamp-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+matrix: $(VENV)/.stamp-test
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m nox $(MATRIX_ARGS)
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)

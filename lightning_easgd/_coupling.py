@@ -393,6 +393,9 @@ class Coupling:
         self.center.load_state_dict(state["center_state"], state["center"])
         self.algorithm.load_state_dict(state["algorithm"])
         self.center.announced[num_slots(self.center.num_replicas) :].copy_(state["told"])
+        if self.algorithm.num_told:  # once more in every exchange: the next may be one without a step, at an evaluation
+            told = state["told"].view(self.center.num_replicas, self.algorithm.num_told)
+            _ObservedCenter(self).tell(told[self.center.replica].tolist())
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
 

@@ -1,7 +1,7 @@
 """What a LightningModule and a Trainer may do, each under ``easgd`` in two processes.
 
 A case is a function that every rank runs and a test that looks at what the ranks returned. The cases of a group share
-one pair of processes: starting them costs more than most cases do.
+one pair of processes: starting them costs more than most cases do. After a case that fails the others have a new pair.
 """
 
 import csv
@@ -35,10 +35,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_easgd import EASGD, EASGDStrategy
-from tests.helpers import run_replicas
+from tests.helpers import PROCESSES_S, Replicas, run_replicas
 from tests.modules import Regression, flat, linear_data, loader, trainer
 
 # --- running the cases -----------------------------------------------------------------------------------------------
+
+MOST_PAIRS = 4  # of processes, for the cases of one group; each may take all its time if a case hangs
+pytestmark = pytest.mark.timeout((MOST_PAIRS + 1) * PROCESSES_S)
 
 GROUPS: dict[str, dict[str, Callable[[int, Path], Any]]] = {}
 
@@ -53,32 +56,65 @@ def case(group: str) -> Callable[[Callable[[int, Path], Any]], Callable[[int, Pa
     return add
 
 
-def _run_group(replica: int, group: str, folder: str) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for name, function in GROUPS[group].items():
+def _run_cases(replica: int, group: str, names: list[str], folder: str) -> None:
+    """Runs cases until one fails, and leaves what each returned, or its traceback, in its folder."""
+    for name in names:
         torch.manual_seed(100 + replica)
         own = Path(folder, name)
         own.mkdir(exist_ok=True)
         os.chdir(own)
         try:
-            results[name] = function(replica, own)
+            result = GROUPS[group][name](replica, own)
         except BaseException:
-            results[name] = traceback.format_exc()
+            result = traceback.format_exc()
+        torch.save(result, own / f"result-{replica}.pt")
+        if isinstance(result, str):
             break  # the ranks may be at different places from here on
     os.chdir("/")
-    return results
 
 
 @functools.cache
-def _results(group: str) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run_replicas(_run_group, 2, group, folder)
+def _results(group: str) -> dict[str, list[Any]]:
+    """Returns what both ranks had of each case, a string where it failed; those after a failure get new processes."""
+    results: dict[str, list[Any]] = {}
+    names = list(GROUPS[group])
+    for _ in range(MOST_PAIRS):
+        if not names:
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            replicas = Replicas(_run_cases, 2, group, names, folder)
+            codes = replicas.join()
+            reached = len(names)
+            for position, name in enumerate(names):
+                files = [Path(folder, name, f"result-{replica}.pt") for replica in range(2)]
+                results[name] = [
+                    torch.load(file, weights_only=False)
+                    if file.exists()
+                    else f"no result; exit codes {codes} {replicas.error(replica)}"
+                    for replica, file in enumerate(files)
+                ]
+                if any(isinstance(result, str) for result in results[name]):
+                    reached = position + 1
+                    break
+        names = names[reached:]
+    return results | {name: [f"not reached: {MOST_PAIRS} other cases failed"] * 2 for name in names}
+
+
+def xdist_group_of(item: pytest.Item) -> str:
+    """Returns which group's results a test needs: its tests run one after another where there are several workers."""
+    function = item.function
+    needed = {*function.__code__.co_names, *(getattr(v, "__name__", "") for v in _params(item).values())}
+    return next((group for group, functions in GROUPS.items() if needed & functions.keys()), item.name)
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def results_of(function: Callable[[int, Path], Any]) -> tuple[Any, Any]:
     """Returns what both ranks returned, after checking that both trained to one center, if they returned a fit."""
     [group] = [g for g, functions in GROUPS.items() if function.__name__ in functions]
-    first, second = (r.get(function.__name__, f"not reached: {list(r)[-1]} failed") for r in _results(group))
+    first, second = _results(group)[function.__name__]
     for replica, result in enumerate((first, second)):
         assert not isinstance(result, str), f"replica {replica}: {result}"
     if isinstance(first, dict) and "center" in first:

@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,7 +28,7 @@ from lightning_easgd import EASGD, EASGDStrategy
 from lightning_easgd.communication import SharedMemory
 from lightning_easgd.sampling import Draws, DynamicSampler
 from tests import modules
-from tests.helpers import run_replicas, run_threads
+from tests.helpers import TIMEOUT, run_replicas, run_threads
 from tests.modules import Regression, linear_data, trainer
 
 # --- draws ---
@@ -343,21 +342,40 @@ class _Module(Regression):
         return [optimizer], [{"scheduler": cycle, "interval": "step"}, {"scheduler": decay, "interval": "epoch"}]
 
 
-class _Slow(modules.pytorch_lightning.Callback):
-    """Stands for a computation that takes so many seconds; keeps when the last one ended."""
+FASTER, MOST = 2, 30  # how much faster replica 0 is; batches of an epoch, at most
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.ended = 0.0
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        time.sleep(self.seconds)
+class _Pace(modules.pytorch_lightning.Callback):
+    """Replica 0 is twice as fast as the others: they begin a batch when it has done more than twice as many as they.
+
+    When it is through with its epoch nobody waits any more.
+
+    Attributes:
+        late: how many batches this replica began, in each epoch, after replica 0 was through.
+    """
+
+    def __init__(self) -> None:
+        self.late: Counter[int] = Counter()
+        self.done: Counter[int] = Counter()
+
+    def on_train_start(self, trainer, pl_module):
+        self.store = dist.PrefixStore("tests/pace", dist.distributed_c10d._get_default_store())
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        epoch = trainer.current_epoch
+        if trainer.global_rank != 0:
+            self.late[epoch] += self.store.check([f"{epoch}/through"])
+            self.store.wait([f"{epoch}/{FASTER * self.done[epoch] + 1}"], TIMEOUT)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.ended = time.monotonic()
-
-
-FAST, SLOW = 0.01, 0.05  # seconds a batch
+        epoch = trainer.current_epoch
+        self.done[epoch] += 1
+        if trainer.global_rank == 0:
+            self.store.set(f"{epoch}/{self.done[epoch]}", "")
+            if trainer.is_last_batch:
+                for number in range(self.done[epoch] + 1, FASTER * MOST + 2):
+                    self.store.set(f"{epoch}/{number}", "")
+                self.store.set(f"{epoch}/through", "")
 
 
 def _fit(
@@ -372,8 +390,7 @@ def _fit(
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Fits with replica 0 fast and the others slow; the replicas exchange nothing after their first step."""
-    model = (module or _Module)()
-    pace = _Slow(SLOW if replica else FAST)
+    model, pace = (module or _Module)(), _Pace()
     strategy = EASGDStrategy(EASGD(period=10_000, moving_rate=0.0), transport, data="dynamic")
     t = trainer(strategy=strategy, devices=devices, callbacks=[pace, *callbacks], **kwargs)
     data = _Numbered(num_samples)
@@ -386,7 +403,7 @@ def _fit(
         "estimated": model.estimated,
         "scheduled": [scheduler.last_epoch for scheduler in schedulers],
         "validated": model.validated,
-        "ended": pace.ended,
+        "late": pace.late,
         "epoch": t.current_epoch,
     }
 
@@ -419,9 +436,9 @@ def test_each_sample_once_an_epoch_and_the_fast_replica_does_more(num_replicas):
         assert r["scheduled"] == [r["estimated"], 2]  # each replica's schedules end where they should
         assert r["steps"] == sum(map(len, r["seen"]))
         assert r["validated"] == [len(had) for had in r["seen"]]  # once an epoch, after the replica's last batch
-    # About one batch of the slow one; an even split would leave it 30 / num_replicas * (SLOW - FAST) s behind.
-    ends = [r["ended"] for r in results]
-    assert max(ends) - min(ends) < 6 * SLOW
+        # They end together: when replica 0 is through there is left what each held, of which it had begun one. An even
+        # split would leave a slow one half of its batches.
+        assert max(r["late"].values(), default=0) <= 1
     assert _batches(results, 0).isdisjoint(_batches(results, 1))  # shuffled anew
 
 

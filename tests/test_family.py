@@ -31,6 +31,17 @@ class Nesterov(Regression):
 
 
 class Ends(modules.pytorch_lightning.Callback):
+    """Keeps the weights at the start, at the start of epoch 2, and at the end."""
+
+    def on_train_start(self, trainer, pl_module):
+        with trainer.strategy.weights_of("center"):
+            self.first_center = flat(pl_module)
+        self.first = flat(pl_module)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            self.third_epoch = flat(pl_module)
+
     def on_train_end(self, trainer, pl_module):
         with trainer.strategy.weights_of("replica"):
             self.replica = flat(pl_module)
@@ -54,11 +65,14 @@ def _fit(replica: int, strategy: Any, folder: str | None = None, resume: str | N
     t = trainer(strategy=strategy, callbacks=callbacks, max_epochs=4, enable_checkpointing=folder is not None)
     before = _loss(module)
     t.fit(module, loader(), ckpt_path=resume)
-    return before, _loss(module), flat(module), ends.replica, ends.exchanges
+    return {"before": before, "after": _loss(module), "center": flat(module), **vars(ends)}
 
 
 def _fit_and_resume(replica: int, name: str, folder: str) -> Any:
-    return _fit(replica, name, folder), _fit(replica, name, f"{folder}/resumed", f"{folder}/epoch=1.ckpt")
+    whole, path = _fit(replica, name, folder), f"{folder}/epoch=1.ckpt"
+    saved = Nesterov(0.0)
+    saved.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return whole, _fit(replica, name, f"{folder}/resumed", path), flat(saved)
 
 
 def test_all_names_of_the_family_are_registered():
@@ -71,32 +85,34 @@ def test_all_names_of_the_family_are_registered():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_trains_any_module_and_resumes(name, tmp_path):
-    results = run_replicas(_fit_and_resume, 2, name, str(tmp_path))
-    (whole, resumed), (others, others_resumed) = results
+    one, two = run_replicas(_fit_and_resume, 2, name, str(tmp_path))
     # 32 steps of each replica: what exchanges too rarely for that has its center where it began.
     period = {"diloco": 500, "bmuf": 50, "local_sgd": 50}.get(name, 1)  # of four fragments one is sent in time
-    for (before, after, center, *_), (_, _, other, *_) in ((whole, others), (resumed, others_resumed)):
-        assert torch.equal(center, other)
+    for mine, others in zip(one[:2], two[:2], strict=True):
+        assert torch.equal(mine["center"], others["center"])
+        before, after = mine["before"], mine["after"]
         assert after < before if period < 32 else after == before
-    transport = getattr(StrategyRegistry[name]["init_params"]["transport"], "synchronous", True)
-    for (*_, center, replica, exchanges), (*_, same, again, count) in results:
-        assert exchanges == count
-        if transport:  # elsewhere the order of the exchanges is not repeated
-            assert torch.equal(center, same)
-            assert torch.equal(replica, again)
+    synchronous = getattr(StrategyRegistry[name]["init_params"]["transport"], "synchronous", True)
+    for whole, resumed, saved in (one, two):
+        # It goes on from the center that was saved, and each replica from where it was itself.
+        assert torch.equal(resumed["first_center"], saved)
+        assert torch.equal(resumed["first"], whole["third_epoch"])
+        assert resumed["exchanges"] == whole["exchanges"]
+        if synchronous:  # elsewhere the order of the exchanges is not repeated
+            assert torch.equal(resumed["center"], whole["center"])
+            assert torch.equal(resumed["replica"], whole["replica"])
 
 
 def test_after_a_whole_period_of_local_sgd_the_center_is_the_mean():
-    results = run_replicas(_fit, 2, EASGDStrategy(LocalSGD(period=4)))
-    (_, _, center, one, exchanges), (_, _, _, two, _) = results
-    torch.testing.assert_close(center, (one + two) / 2, rtol=1e-5, atol=1e-6)
-    assert exchanges == 32 // 4
+    one, two = run_replicas(_fit, 2, EASGDStrategy(LocalSGD(period=4)))
+    torch.testing.assert_close(one["center"], (one["replica"] + two["replica"]) / 2, rtol=1e-5, atol=1e-6)
+    assert one["exchanges"] == 32 // 4
 
 
 def test_downpour_over_an_all_reduce_has_no_reason_to_be_refused():
-    (before, after, center, *_), (_, _, other, *_) = run_replicas(_fit, 2, EASGDStrategy(Downpour()))
-    assert after < before
-    assert torch.equal(center, other)
+    one, two = run_replicas(_fit, 2, EASGDStrategy(Downpour()))
+    assert one["after"] < one["before"]
+    assert torch.equal(one["center"], two["center"])
 
 
 def test_a_method_that_steps_the_center_with_all_at_once_is_refused_over_an_asynchronous_one():

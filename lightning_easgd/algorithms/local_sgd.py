@@ -21,7 +21,7 @@ inner optimizer       ``local_update``; its state stays with the replica
 * ``LocalSGD(period)``: the mean of the replicas becomes the center (FedAvg, post-local SGD).
 * ``LocalSGD.bmuf``: block-wise model update filtering, Chen and Huo, ICASSP 2016. Its Nesterov form, in the coordinates
   of the broadcast model, is the outer step above; its classical form is the one without ``nesterov``.
-* ``LocalSGD.slowmo``: Wang, Tantia, Ballas, Rabbat, arXiv:1910.06643, without Nesterov.
+* ``LocalSGD.slowmo``: Wang, Tantia, Ballas, Rabbat, arXiv:1910.00643, without Nesterov.
 * ``LocalSGD.diloco``: Douillard et al., arXiv:2311.08105, with AdamW as the inner optimizer.
 
 Mean type: the effective step size does not grow with the number of replicas; the outer step multiplies it by
@@ -42,7 +42,11 @@ class LocalSGD(Accumulation):
 
     Reductions: one replica with ``outer_lr=1, outer_momentum=0`` is the inner optimizer alone, up to rounding.
     Effective step size: mean type. Extra memory: two vectors of the parameters' size, and the outer velocity where the
-    momentum is not 0. Other outer optimizers: the strategy's ``rule``, for instance ``OuterOptimizer``.
+    momentum is not 0. For another outer optimizer override ``rule``::
+
+        class LocalSGDWithAdam(LocalSGD):
+            def rule(self, num_replicas):
+                return OuterOptimizer(functools.partial(torch.optim.Adam, lr=0.1))
     """
 
     synchronous_only = True  # an outer step is one of all replicas' mean

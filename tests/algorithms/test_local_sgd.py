@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.algorithms import EASGD, LocalSGD
-from lightning_easgd.rules import OuterOptimizer
+from lightning_easgd.rules import CenterRule, OuterOptimizer
 from lightning_easgd.simulation import LockStep, Loss
 from tests.in_process import interrupted
 
@@ -75,6 +75,21 @@ def test_the_outer_step_is_that_of_torch_to_the_last_bit(nesterov):
     outer = OuterOptimizer(partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=nesterov))
     ours = run(LocalSGD(4, 0.7, 0.9, nesterov=nesterov), 40)
     assert torch.equal(ours, run(LocalSGD(4), 40, rule=outer))
+
+
+class _Adam(LocalSGD):
+    def rule(self, num_replicas: int) -> CenterRule:
+        return OuterOptimizer(partial(torch.optim.Adam, lr=0.1))
+
+
+def test_another_outer_optimizer_is_the_rule_of_a_subclass():
+    """As the docstring of ``LocalSGD`` says: the mean of what the replicas did is minus Adam's gradient."""
+    averaged, stepped = run(LocalSGD(4), 4), run(_Adam(4), 4)
+    center = torch.nn.Parameter(BEGIN.clone())
+    center.grad = BEGIN - averaged
+    torch.optim.Adam([center], lr=0.1).step()
+    torch.testing.assert_close(stepped, center.data, rtol=0, atol=1e-13)
+    assert not torch.allclose(stepped, averaged)
 
 
 def test_bmuf_with_nesterov_is_the_block_recursion():
