@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lightning_easgd._members import Layout
@@ -45,7 +46,7 @@ def check_same_parameters(
         raise ValueError(f"EASGDStrategy: all replicas must have the same parameters, but {verdict}")
     lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
     if lazy:
-        kinds = sorted({type(m).__name__ for m in module.modules() if type(m).__name__.startswith("Lazy")})
+        kinds = sorted({type(m).__name__ for m in module.modules() if isinstance(m, LazyModuleMixin)})
         raise ValueError(
             f"EASGDStrategy: {', '.join(map(repr, lazy[:4]))}{', ...' if len(lazy) > 4 else ''} have no shape yet, and "
             f"replicas must begin equal ({', '.join(kinds) or 'lazy modules'}): pass one batch through the module in "

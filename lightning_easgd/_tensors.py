@@ -14,6 +14,7 @@ from lightning_easgd.communication._c10d import AllgatherOptions, Group, broadca
 
 __all__ = ["broadcast", "checksums", "copy_of", "form", "gather_numbers", "in_common", "is_dense", "is_equal", "write"]
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _CHUNK = 1 << 20  # numbers of a pass over a tensor, so that what it needs beside it stays small
 
 
@@ -40,8 +41,13 @@ def copy_of(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
     """Gives a tensor the value of another of its form, in place. One that overlaps itself takes it once."""
-    if not is_dense(tensor):
+    if tensor.layout in _COMPRESSED:
+        tensor.resize_as_sparse_(value.to(tensor.device))
+    if tensor.is_quantized:  # with its scales
         tensor.data = value.detach().clone().to(tensor.device)
+        return
+    if not is_dense(tensor):
+        tensor.copy_(value)
         return
     target = tensor.detach()
     for dim, stride in enumerate(target.stride()):
