@@ -62,7 +62,26 @@ def is_equal(one: Tensor, other: Tensor) -> bool:
         return False
     if is_dense(one) and is_dense(other):
         return torch.equal(_bytes(one), _bytes(other.to(one.device)))
-    return _pickled([one]) == _pickled([other])
+    parts, others = _parts(one), _parts(other)
+    if not parts or not others:  # of a kind that is not known here
+        return _pickled([one]) == _pickled([other])
+    return all(is_equal(part, its) for part, its in zip(parts, others, strict=True))
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the dense tensors that a sparse or quantised one is made of; empty if its kind is another."""
+    value = tensor.detach()
+    if value.layout == torch.sparse_coo:
+        return [value._indices(), value._values()]
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [value.crow_indices(), value.col_indices(), value.values()]
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [value.ccol_indices(), value.row_indices(), value.values()]
+    if value.is_quantized and value.qscheme() == torch.per_tensor_affine:
+        return [value.int_repr(), torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64)]
+    if value.is_quantized:
+        return [value.int_repr(), value.q_per_channel_scales(), value.q_per_channel_zero_points()]
+    return []
 
 
 @torch.no_grad()
