@@ -9,20 +9,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easgd import algorithms, averages, communication
 
-__all__ = ["refuse_unknown"]
+__all__ = ["for_ddp", "refuse_unknown"]
 
 
 def refuse_unknown(keywords: Mapping[str, Any], strategy: type) -> None:
     """Raises ``TypeError`` for keywords that neither ``DDPStrategy`` nor ``DistributedDataParallel`` has.
 
     Args:
-        keywords: what was given beyond the strategy's own arguments.
+        keywords: what was given beyond the strategy's own arguments. LightningCLI gives all that there are.
         strategy: its class, a ``DDPStrategy``.
     """
     known = {name for kind in strategy.__mro__ for name in _parameters(kind)}
     known |= set(_parameters(DistributedDataParallel)) - {"module", "process_group"}
     for name, value in keywords.items():
-        if name in known:
+        if name in known or (name == "process_group" and value is None):
             continue
         homes = [kind.__name__ for kind in _parts() if name in _parameters(kind)]
         if homes:
@@ -32,6 +32,12 @@ def refuse_unknown(keywords: Mapping[str, Any], strategy: type) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             advice = f"did you mean {close[0]!r}?" if close else "see help(EASGDStrategy)"
         raise TypeError(f"EASGDStrategy({name}={value!r}): there is no such argument; {advice}")
+
+
+def for_ddp(keywords: Mapping[str, Any]) -> list[str]:
+    """Returns the names of those keywords that ask ``DistributedDataParallel`` for something else than its default."""
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    return sorted(n for n, value in keywords.items() if n in parameters and value != parameters[n].default)
 
 
 def _parts() -> Iterator[type]:

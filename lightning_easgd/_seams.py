@@ -54,6 +54,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "_ddp_comm_state",
         "_ddp_kwargs",
         "_layer_sync",
+        "_lightning_optimizers",
         "_process_group_backend",
         "_setup_model",
         "_timeout",

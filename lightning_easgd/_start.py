@@ -1,31 +1,38 @@
 """That all replicas begin equal: the same parameters by name and shape, and the values of rank 0."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_easgd._members import Layout
-from lightning_easgd.communication._c10d import Group, Store, broadcast_bytes
+from lightning_easgd._tensors import broadcast, copy_of, in_common, is_dense, write
+from lightning_easgd.communication._c10d import Group, Store
 
 __all__ = ["check_same_parameters", "start_from_rank_0"]
 
 
-def check_same_parameters(module: nn.Module, store: Store, rank: int, layout: Layout) -> None:
-    """Raises on every rank if one's parameters or buffers are not rank 0's. Collective, blocking.
+def check_same_parameters(
+    module: nn.Module, store: Store, rank: int, layout: Layout, left_out: Collection[str] = ()
+) -> None:
+    """Raises on every rank if one's parameters are not rank 0's, or have no shape yet. Collective, blocking.
 
     Args:
         module: of this rank.
         store: where they are compared.
         rank: this one.
         layout: which ranks form which replica.
+        left_out: names of parameters that are each rank's own.
 
     Raises:
-        ValueError: names each replica that differs, and where it does first.
+        ValueError: names each replica that differs, and where it does first; or what has no shape yet.
     """
-    own = [(n, str(p.dtype), list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
-    own += [(n, str(b.dtype), list(b.shape), False) for n, b in module.named_buffers()]
+    parameters = [(n, p) for n, p in module.named_parameters() if n not in left_out]
+    own = [(n, str(p.dtype), [] if is_lazy(p) else list(p.shape), p.requires_grad) for n, p in parameters]
     store.set(f"parameters/{rank}", json.dumps(own))
     if rank == 0:
         first = json.loads(json.dumps(own))
@@ -36,18 +43,45 @@ def check_same_parameters(module: nn.Module, store: Store, rank: int, layout: La
         store.set("parameters/verdict", "; ".join(filter(None, differences)))
     verdict = store.get("parameters/verdict").decode()
     if verdict:
-        raise ValueError(f"EASGDStrategy: all replicas must have the same parameters and buffers, but {verdict}")
+        raise ValueError(f"EASGDStrategy: all replicas must have the same parameters, but {verdict}")
+    lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
+    if lazy:
+        kinds = sorted({type(m).__name__ for m in module.modules() if isinstance(m, LazyModuleMixin)})
+        raise ValueError(
+            f"EASGDStrategy: {', '.join(map(repr, lazy[:4]))}{', ...' if len(lazy) > 4 else ''} have no shape yet, and "
+            f"replicas must begin equal ({', '.join(kinds) or 'lazy modules'}): pass one batch through the module in "
+            "setup or configure_model, such as `with torch.no_grad(): self(example)`"
+        )
 
 
 @torch.no_grad()
-def start_from_rank_0(module: nn.Module, group: Group) -> None:
-    """Gives every rank of ``group`` the parameters and buffers of rank 0. Collective, blocking."""
-    tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
-    values = [t if t.is_contiguous() else t.clone(memory_format=torch.contiguous_format) for t in tensors]
-    broadcast_bytes(group, values)
-    for tensor, value in zip(tensors, values, strict=True):
+def start_from_rank_0(
+    module: nn.Module,
+    group: Group,
+    *,
+    rank: int,
+    size: int,
+    device: torch.device,
+    left_out: Collection[str] = (),
+) -> None:
+    """Gives every rank of ``group`` the parameters and buffers of rank 0. Collective, blocking.
+
+    Args:
+        module: of this rank.
+        group: over all ranks.
+        rank: this one.
+        size: of the group.
+        device: on which it sends.
+        left_out: names of what is each rank's own; so are buffers of another shape or dtype than rank 0's.
+    """
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    named = {n: t for n, t in named.items() if n not in left_out}
+    common, _ = in_common(group, size, device, named)
+    tensors = [named[n].detach() if is_dense(named[n]) else named[n] for n in named if n in common]
+    values = [t if is_dense(t) and t.is_contiguous() else copy_of(t) for t in tensors]
+    for tensor, value in zip(tensors, broadcast(group, values, rank, device), strict=True):
         if value is not tensor:
-            tensor.copy_(value)
+            write(tensor, value)
 
 
 def _difference(replica: int, first: list[Any], other: list[Any]) -> str:

@@ -4,7 +4,7 @@ The parameters' own storage is never rebound (compiled graphs, tied weights and 
 vector is a way to read and write them, with one ``torch._foreach_*`` call for all tensors.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ def accumulation_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
-def coupled_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, nn.Parameter]]:
+def coupled_parameters(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], left_out: Collection[str] = ()
+) -> list[dict[str, nn.Parameter]]:
     """Returns, for each optimizer, the parameters that its clock moves, by name, in the module's order.
 
     These are the optimizer's parameters with ``requires_grad``; never a choice by ``grad``, which differs between
-    replicas. A parameter in two optimizers belongs to the first. One that no optimizer holds never changes and is in
-    none.
+    replicas. A parameter in two optimizers belongs to the first. One that no optimizer holds is in none, nor is one
+    whose name is in ``left_out``.
 
     Raises:
         ValueError: an optimizer holds a parameter that is not the module's.
@@ -37,7 +39,7 @@ def coupled_parameters(module: nn.Module, optimizers: Sequence[torch.optim.Optim
                 f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} parameters that are not the "
                 "module's; register them as attributes of the module, or leave them out of the optimizer"
             )
-        couplings.append({n: p for n, p in module.named_parameters() if id(p) in own - taken})
+        couplings.append({n: p for n, p in module.named_parameters() if id(p) in own - taken and n not in left_out})
         taken |= own
     return couplings
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd._arguments import refuse_unknown
-from lightning_easgd._buffers import CenterBuffers
+from lightning_easgd._arguments import for_ddp, refuse_unknown
+from lightning_easgd._buffers import BufferRules, CenterBuffers
 from lightning_easgd._coupling import Coupling, Passage, num_slots
 from lightning_easgd._dynamic import DynamicData
 from lightning_easgd._fragments import by_fragment, first_clock, refuse_fragments, step_fragments
@@ -41,6 +41,7 @@ from lightning_easgd._free_running import (
 )
 from lightning_easgd._layerwise import Layerwise, by_layer, refuse_algorithm, refuse_training
 from lightning_easgd._members import Layout, Members, SharedTurnstile
+from lightning_easgd._modes import OptimizerModes
 from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd._resume import Resumption, differences
@@ -104,6 +105,7 @@ class ElasticStrategy(_DDPStrategy):
         evaluate: Literal["center", "replica"] = "center",
         on_nonfinite: Literal["raise", "reset"] = "raise",
         center_buffers: Literal["mean"] | int = "mean",
+        buffers: Mapping[Any, Literal["mean", "replica0", "own"]] | None = None,
         fragments: int = 1,
         slack: int | None = None,
         layerwise: bool = False,
@@ -140,6 +142,14 @@ class ElasticStrategy(_DDPStrategy):
                 the center's weights, over so many training batches of each replica (>= 1). The latter makes that many
                 forward passes for each evaluation and checkpoint, calling the module on the batch, or on its first
                 element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
+            buffers: what the center has of each buffer, and of each parameter that no optimizer holds: a mapping of
+                names, patterns of names (``"encoder.*"``) or module types to ``"mean"``, the replicas' mean;
+                ``"replica0"``, replica 0's value; or ``"own"``, which leaves it each rank's own (a checkpoint has rank
+                0's), as does DDP's ``_ddp_params_and_buffers_to_ignore``. The first key that fits counts; a type is
+                for what its modules own directly. Without one that fits, floating statistics of batch and instance
+                norm, ranges of quantisation observers, buffers named ``running_*`` and parameters that no optimizer
+                holds (momentum encoders, target networks) are averaged, and all else (masks, queues, tables, counters,
+                unit vectors of spectral norm) is replica 0's. Integers are never averaged.
             fragments: in how many parts of about equal size the parameters are exchanged, 1 to the period. Each is
                 exchanged once a period, at steps of its own spread evenly over it, so that what travels at a time falls
                 that many times. No parameter tensor is cut: the largest one bounds it. For ``EASGD``, ``EAMSGD`` and
@@ -213,6 +223,7 @@ class ElasticStrategy(_DDPStrategy):
             raise ValueError(
                 f"EASGDStrategy(center_buffers={center_buffers!r}): must be 'mean' or a number of training batches >= 1"
             )
+        self._buffer_rules = BufferRules(buffers)
         self.algorithm = EASGD() if algorithm is None else algorithm
         if transport is None:
             transport = Asynchronous() if self.algorithm.asynchronous_only else AllReduce()
@@ -245,6 +256,7 @@ class ElasticStrategy(_DDPStrategy):
         self._group: Group | None = None  # over all ranks, for what is not a center; None for one
         self._members: Members | None = None  # the ranks of this replica
         self._buffers: CenterBuffers | None = None
+        self._modes: OptimizerModes | None = None
         self._holds_center = False
         self._center_is_new = False
         self._rendezvous: Rendezvous | None = None
@@ -405,7 +417,8 @@ class ElasticStrategy(_DDPStrategy):
         # Where DDPStrategy wraps the module. Here it stays as it is where a replica is one process.
         layout = self.layout
         self._rendezvous = self._open_rendezvous()
-        check_same_parameters(self._module, self._rendezvous.store, self.global_rank, layout)
+        left_out = self._buffer_rules.not_shared(self._module)
+        check_same_parameters(self._module, self._rendezvous.store, self.global_rank, layout, left_out)
         self._members = Members(
             layout,
             self.global_rank,
@@ -417,7 +430,14 @@ class ElasticStrategy(_DDPStrategy):
         if layout.world_size > 1:
             store = PrefixStore("module", self._rendezvous.store)
             self._group = new_group(store, self.global_rank, layout.world_size, self.root_device, self._wait)
-            start_from_rank_0(self._module, self._group)
+            start_from_rank_0(
+                self._module,
+                self._group,
+                rank=self.global_rank,
+                size=layout.world_size,
+                device=self.root_device,
+                left_out=left_out,
+            )
         self._members.confine_batch_norm(self._module)
         if layout.replica_size > 1:
             self._ddp_kwargs["process_group"] = self._members.ddp_group
@@ -432,7 +452,17 @@ class ElasticStrategy(_DDPStrategy):
         else:
             self._stand_for_ddp()
         self._show_layout(layout)
-        self._buffers = CenterBuffers(self._module, self._group, layout.world_size, self._members.group)
+        self._buffers = CenterBuffers(
+            self._module,
+            self._group,
+            layout.world_size,
+            self._members.group,
+            rank=self.global_rank,
+            replica_size=layout.replica_size,
+            device=self.root_device,
+            rules=self._buffer_rules,
+            held=lambda: (p for coupling in self.couplings for p in coupling.vector.parameters),
+        )
         self._set_up_sampling(self._rendezvous, self._members)
 
     def _stand_for_ddp(self) -> None:
@@ -440,7 +470,7 @@ class ElasticStrategy(_DDPStrategy):
 
         Here the module is not wrapped: ``trainer.model.module`` is the module, and ``no_sync()`` has nothing to do.
         """
-        if asked := sorted(self._ddp_kwargs.keys() - {"process_group"}):
+        if asked := for_ddp(self._ddp_kwargs):
             rank_zero_warn(
                 f"EASGDStrategy({', '.join(f'{name}=...' for name in asked)}) has no effect with one process a "
                 "replica: these are arguments of DistributedDataParallel, which wraps a replica of several ranks"
@@ -525,6 +555,8 @@ class ElasticStrategy(_DDPStrategy):
             coupling.turnstile = self._open_turnstile(f"gate/{index}")
             self.couplings.append(coupling)
             self._by_optimizer.setdefault(id(optimizer), []).append(coupling)
+        self._modes = OptimizerModes(self.optimizers, self._lightning_optimizers, lambda: self._holds_center)
+        self._cleanup.callback(self._modes.close)
         if self.layerwise:
             self._layerwise = Layerwise(self._module, self.optimizers[0], self.couplings)
             self._cleanup.callback(self._layerwise.close)
@@ -549,7 +581,13 @@ class ElasticStrategy(_DDPStrategy):
 
     def _coupled_parameters(self) -> list[tuple[Optimizer, dict[str, nn.Parameter]]]:
         """Returns, for each coupling, its parameters by name and the optimizer that steps them."""
-        pairs = zip(self.optimizers, coupled_parameters(self._module, self.optimizers), strict=True)
+        left_out = self._buffer_rules.ignored(self._module)
+        if self.layerwise and any(p.requires_grad and n in left_out for n, p in self._module.named_parameters()):
+            raise ValueError(
+                "EASGDStrategy(layerwise=True) with trained parameters in _ddp_params_and_buffers_to_ignore: a layer "
+                "is updated when it exchanges, and these do not; leave them out there, or use layerwise=False"
+            )
+        pairs = zip(self.optimizers, coupled_parameters(self._module, self.optimizers, left_out), strict=True)
         if self.layerwise:
             return [(o, layer) for o, parameters in pairs for layer in by_layer(self._module, parameters)]
         if self.fragments > 1:
@@ -1167,6 +1205,8 @@ class ElasticStrategy(_DDPStrategy):
         else:
             self._buffers.swap_out()
         self._holds_center = whose == "center"
+        if self._modes is not None and not self._holds_center:
+            self._modes.settle()
 
     def _reestimate(self, buffers: CenterBuffers, num_batches: int) -> None:
         assert self._trainer is not None
@@ -1272,7 +1312,7 @@ class ElasticStrategy(_DDPStrategy):
         assert self._buffers is not None
         return {
             "couplings": [coupling.state_dict() for coupling in self.couplings],
-            "buffers": [b.detach().clone() for b in self._buffers.own],
+            "buffers": self._buffers.state_dict(),
             "rng": rng_state(),
             "epoch_rng": self._resumption.epoch_rng,
             "data": None if self._dynamic is None else self._dynamic.state_dict(),
@@ -1282,8 +1322,8 @@ class ElasticStrategy(_DDPStrategy):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         for coupling, own in zip(self.couplings, state["couplings"], strict=True):
             coupling.load_state_dict(own)
-        for buffer, value in zip(self._module.buffers(), state["buffers"], strict=True):
-            buffer.copy_(value)
+        assert self._buffers is not None
+        self._buffers.load_state_dict(state["buffers"])
         if self._dynamic is not None and state["data"] is not None:
             self._dynamic.load_state_dict(state["data"])
 
@@ -1422,7 +1462,7 @@ class ElasticStrategy(_DDPStrategy):
             self._cleanup.close()
         finally:
             self.couplings.clear()
-            self._buffers = self._group = None
+            self._buffers = self._group = self._modes = None
             self._holds_center = False
             self._by_optimizer.clear()
             self._layerwise = self._steps = None

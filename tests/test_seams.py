@@ -20,6 +20,7 @@ ROOT = Path(lightning_easgd.__file__).parent
 TORCHS = {
     "_BatchNorm",
     "_C",
+    "_NormBase",
     "_compiled_call_impl",
     "_distributed_c10d",
     "_dynamo",
@@ -28,7 +29,9 @@ TORCHS = {
     "_foreach_copy_",
     "_foreach_mul_",
     "_foreach_sub_",
+    "_indices",
     "_initialized",
+    "_non_persistent_buffers_set",
     "_remove_autograd_hooks",
 }
 # Of Lightning's objects that are not there yet when a run is set up; guarded where they are used.
