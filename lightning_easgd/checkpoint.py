@@ -299,7 +299,7 @@ def _sweep(folder: str, before: float) -> None:
             unreferred.update(saves)
     unreferred = {save: paths for save, paths in unreferred.items() if save not in recent}
     for name in os.listdir(folder) if unreferred else ():  # a checkpoint that was renamed still refers to its files
-        content = _structure(os.path.join(folder, name))
+        content = None if _NAME.fullmatch(name) else _structure(os.path.join(folder, name))
         if content is not None:
             unreferred = {save: paths for save, paths in unreferred.items() if save.encode() not in content}
     for paths in unreferred.values():

@@ -1251,6 +1251,8 @@ class ElasticStrategy(_DDPStrategy):
             coupling.load_state_dict(own)
         for buffer, value in zip(self._module.buffers(), state["buffers"], strict=True):
             buffer.copy_(value)
+        if state.get("extra"):  # of set_extra_state, beside the tensors; the first versions did not keep it
+            self._module.load_state_dict(state["extra"], strict=False)
         if self._dynamic is not None and state["data"] is not None:
             self._dynamic.load_state_dict(state["data"])
 
@@ -1283,9 +1285,7 @@ class ElasticStrategy(_DDPStrategy):
         if not self.reduce_boolean_decision(error is None):  # nobody goes on with half of it
             raise error or ReplicaFileError(f"another replica's file of {str(checkpoint_path)!r} could not be loaded")
         resumption.own = content["own"]
-        checkpoint.update(content["lightning"])
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **resumption.own.get("extra", {})}
-        return checkpoint
+        return {**checkpoint, **content["lightning"]}
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
