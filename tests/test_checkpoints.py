@@ -189,6 +189,7 @@ def test_which_paths_are_local(tmp_path, monkeypatch):
         f"file://{tmp_path}/a/b.ckpt",
         "~/a/b.ckpt",
         f"local://{tmp_path}/a/b.ckpt",
+        f"file:{tmp_path}/a/b.ckpt",
     ):
         assert os.path.normpath(local_path(path)) == str(tmp_path / "a" / "b.ckpt")
     for path in ("http://host/b.ckpt", "s3://bucket/b.ckpt", "memory://b.ckpt", "simplecache::s3://b.ckpt"):
