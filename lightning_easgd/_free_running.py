@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 from lightning_easgd._coupling import Coupling
 from lightning_easgd.communication._c10d import PrefixStore
@@ -118,11 +119,12 @@ class FreeRunning:
         self._begin_round()
         return True
 
-    def part(self, write: Callable[[str, str], None], *, stop: bool = False, for_good: bool = False) -> bool:
+    def part(self, write: Callable[..., None], *, stop: bool = False, for_good: bool = False) -> bool:
         """Waits until all replicas have done what they met for. Collective and blocking.
 
         Args:
-            write: ``write(path, save)`` writes this replica's file of a checkpoint; called when replica 0 saves one.
+            write: writes this replica's file of a checkpoint; called when replica 0 saves one, with what replica 0 has
+                given to ``request_files``.
             stop: whether this process was asked to stop.
             for_good: whether this is the last that the replicas have to do with each other. Replica 0, with whose
                 process the store ends, then stays until the others have left or one of them has failed.
@@ -145,7 +147,7 @@ class FreeRunning:
                 time.sleep(_LOOK_S)
         return STOP in said
 
-    def serve(self, write: Callable[[str, str], None], *, wait: bool = False) -> None:
+    def serve(self, write: Callable[..., None], *, wait: bool = False) -> None:
         """Writes this replica's file if replica 0 is saving a checkpoint; with ``wait``, when it does."""
         if self._rank == 0:
             return
@@ -156,11 +158,10 @@ class FreeRunning:
             self._rendezvous.raise_if_failed()
             time.sleep(_LOOK_S)
         self._num_saves += 1
-        path, save = json.loads(self._store.get(key))
-        write(path, save)
+        write(*json.loads(self._store.get(key)))
         self._store.set(f"{key}/{self._rank}", "")
 
-    def request_files(self, path: str, save: str) -> None:
+    def request_files(self, *request: Any) -> None:
         """In replica 0: has all others write their file of a checkpoint, and waits for that. They are, or come, here.
 
         Raises:
@@ -168,7 +169,7 @@ class FreeRunning:
         """
         self._num_saves += 1
         key = f"saves/{self._num_saves}"
-        self._store.set(key, json.dumps([path, save]))
+        self._store.set(key, json.dumps(request))
         while not self._store.check([f"{key}/{rank}" for rank in range(1, self._world_size)]):
             self._rendezvous.raise_if_failed()
             time.sleep(_LOOK_S)

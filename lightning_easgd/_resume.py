@@ -1,5 +1,6 @@
 """Where a run goes on: one replica's part of a checkpoint, the random states, and the place in the data."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,12 @@ class Resumption:
         # A module that asks for estimated_stepping_batches has had the iterator made, before this method was in place.
         was_early = fit_loop._combined_loader is not None
         self.epoch_rng = rng_state()
+        # Of loaders with a state of their own, which the first iterator after they were given it uses up.
+        states = copy.deepcopy(fit_loop._combined_loader_states_to_load) if fit_loop.restarting else []
         setup_data()
         loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
         if self.own is None and was_early and fetcher is not None:
+            loader._load_state_dicts(states)
             iter(fetcher)
         if self.own is None or loader is None or fetcher is None:
             return
@@ -60,9 +64,9 @@ class Resumption:
         set_rng_state(self.epoch_rng)
         for each in loader.flattened:
             set_epoch(each, fit_loop.epoch_progress.current.processed)
+        loader._load_state_dicts(states)
         iter(fetcher)
-        stateful = any(hasattr(each, "load_state_dict") for each in loader.flattened)  # Lightning has restored those
-        if in_epoch and not stateful and not leaves_out:
+        if in_epoch and not states and not leaves_out:
             for _ in range(done):
                 next(fetcher)
             fetcher.fetched -= done  # Lightning adds them

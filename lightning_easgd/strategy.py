@@ -50,7 +50,17 @@ from lightning_easgd._start import check_same_parameters, start_from_rank_0
 from lightning_easgd._steps import Steps
 from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.averages import CenterAverage
-from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
+from lightning_easgd.checkpoint import (
+    KEY,
+    ReplicaFile,
+    ReplicaFileError,
+    Saves,
+    local_path,
+    private_part,
+    rng_state,
+    set_apart,
+    set_rng_state,
+)
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
 from lightning_easgd.communication._rendezvous import Rendezvous
@@ -264,7 +274,9 @@ class ElasticStrategy(_DDPStrategy):
         self._free_running: FreeRunning | None = None  # over an asynchronous transport
         self._is_leading = False  # replica 0 alone does something that others take part in when they wait
         self._dump: dict[str, Any] | None = None  # what this replica would write of a checkpoint
-        self._saves: dict[str, str] = {}  # a checkpoint's path -> its last save that this replica wrote its file of
+        self._center_state: dict[str, Any] | None = None  # of the checkpoint that is put together
+        self._saves = Saves()
+        self._replaced: list[tuple[str, list[str]]] = []  # what rank 0 has yet to tell the others of ``_saves``
         self._cleanup = ExitStack()
         self._trainer: Trainer | None = None
         self._stop_seen_at: float | None = None
@@ -720,6 +732,11 @@ class ElasticStrategy(_DDPStrategy):
         set_up_data = partial(self._resumption.set_up_data, trainer, fit_loop.setup_data, leaves_out=leaves_out)
         self._patch(fit_loop, "setup_data", set_up_data)
         self._patch(epoch_loop, "on_run_start", partial(self._start_epoch, trainer, epoch_loop.on_run_start))
+        self._patch(fit_loop, "run", partial(self._train, fit_loop.run))
+        # Around hooks and writing, which get the center from the module, from named_parameters() as from state_dict().
+        self._patch(trainer, "save_checkpoint", partial(self._save_center, trainer.save_checkpoint))
+        connector = trainer._checkpoint_connector
+        self._patch(connector, "dump_checkpoint", partial(self._dump_center, connector.dump_checkpoint))
         # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
         self._patch(fit_loop, "on_run_end", partial(self._end_training, fit_loop.on_run_end))
 
@@ -749,17 +766,18 @@ class ElasticStrategy(_DDPStrategy):
         """Keeps what this replica would write if replica 0 saved a checkpoint in the same hook."""
         assert self._trainer is not None
         assert self._free_running is not None
-        if self._free_running.at_rest:
-            self._dump = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if self._free_running.at_rest and not self._interrupted:
+            self._dump = self._dump_own(self._trainer)
 
-    def _write_replica_file(self, path: str, save: str) -> None:
+    def _dump_own(self, trainer: "Trainer") -> dict[str, Any]:
+        return private_part(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), self._center_state)
+
+    def _write_replica_file(self, path: str, save: str, replaced: list[tuple[str, list[str]]]) -> None:
         """As replica 0 asks for it, while this replica waits."""
         assert self._trainer is not None
-        dump = self._dump or self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        before = self._saves.get(path)
-        if before is not None:  # replica 0 does not see another host's
-            ReplicaFile.remove(path, owner=self._file_owner, but=before)
-        self._saves[path] = save
+        dump = self._dump or self._dump_own(self._trainer)
+        for written, saves in replaced:  # replica 0 does not see another host's
+            ReplicaFile.remove(written, owner=self._file_owner, but=saves)
         ReplicaFile(path, save, self._file_owner).write(dump, self._own_state(), self.num_replicas)
 
     def _part(self, *, has_ended: bool = False, for_good: bool = False) -> None:
@@ -1126,6 +1144,12 @@ class ElasticStrategy(_DDPStrategy):
         on_advance_end()
         self._part()
 
+    def _train(self, run: Callable[[], None]) -> None:
+        """Lightning's own, which calls no hook of its end where nothing is left to do."""
+        run()
+        if not self._holds_center:
+            self._end_training(lambda: None)
+
     def _end_training(self, on_run_end: Callable[[], None]) -> None:
         if self._free_running is not None:
             self._meet(END_OF_TRAINING)
@@ -1230,19 +1254,41 @@ class ElasticStrategy(_DDPStrategy):
 
         Collective while fitting over a synchronous transport.
         """
-        follows = self._free_running is not None and not self.is_global_zero
-        if self._holds_center or self._buffers is None or follows:
-            state: dict[str, Any] = super().lightning_module_state_dict()
+        if self._holds_center or self._buffers is None:
+            self._center_state = state = super().lightning_module_state_dict()
             return state
-        if self._interrupted:
-            self._last_drain()
-        else:
-            self._obtain_center()
-        with self._holding("center"):
+        with self._holding_to_save():
             state = super().lightning_module_state_dict()
             if not self.is_global_zero:
                 return state  # not written
             return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    @contextmanager
+    def _holding_to_save(self) -> Iterator[None]:
+        if not self._holds_center and self._buffers is not None:
+            if self._interrupted:
+                self._last_drain()
+            else:
+                self._obtain_center()
+        with self._holding("center"):
+            yield
+
+    def _save_center(self, save: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own, while the module holds the center. Collective like ``lightning_module_state_dict``."""
+        with self._holding_to_save():
+            try:
+                save(*args, **kwargs)
+            finally:
+                self._center_state = None
+
+    def _dump_center(self, dump: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Lightning's own, which calls the hooks. What they took of the module stays the center's."""
+        stays = self._holds_center and (self._free_running is None or self.is_global_zero)
+        with self._holding_to_save():
+            checkpoint = dump(*args, **kwargs)
+            # Another replica's of the weights are not written; what is put beside them is, maybe later.
+            unwritten = None if self.is_global_zero else self._center_state
+            return checkpoint if stays else set_apart(checkpoint, self._module, but=unwritten)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -1254,48 +1300,76 @@ class ElasticStrategy(_DDPStrategy):
         if self._free_running is not None and not self._interrupted:
             self._save_from_0(self._free_running, checkpoint, filepath, storage_options)
             return
-        exact = bool(self.couplings) and "optimizer_states" in checkpoint and not self._interrupted
-        if exact and "://" in str(filepath):
-            rank_zero_warn(f"no replicas' files beside {filepath!r}: a run resumed from it starts from the center")
-            exact = False
-        if not exact:
+        path = self._place_of_files(checkpoint, filepath) if self.couplings and not self._interrupted else None
+        if path is None:
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             return
         save = self.broadcast(uuid.uuid4().hex[:8])
-        ReplicaFile(filepath, save, self._file_owner).write(checkpoint, self._own_state(), self.num_replicas)
+        if self.is_global_zero:
+            self._saves.begin(path, save)
+        private = private_part(checkpoint, self._center_state)
+        ReplicaFile(path, save, self._file_owner).write(private, self._own_state(), self.num_replicas)
         self.barrier()  # the checkpoint refers to all files
         checkpoint[KEY] = {"save": save, **self._saved_layout}
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-        if type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":  # which has not written yet
-            self.barrier()
-            ReplicaFile.remove(filepath, owner=self._file_owner, but=save)
+        settled = self._saves.settle(writes_later=self._writes_later) if self.is_global_zero else []
+        for written, saves in self.broadcast(settled):
+            ReplicaFile.remove(written, owner=self._file_owner, but=saves)
 
     def _save_from_0(
         self, free_running: FreeRunning, checkpoint: dict[str, Any], filepath: Any, storage_options: Any
     ) -> None:
-        is_local, path = "://" not in str(filepath), str(filepath)
         at_rest = free_running.at_rest or self.layout.world_size == 1
-        with_files = at_rest and is_local and "optimizer_states" in checkpoint
+        path = self._place_of_files(checkpoint, filepath) if at_rest else None
         if not self.is_global_zero:
-            if with_files:  # all were asked to save, by the user
+            if path is not None:  # all were asked to save, by the user
                 free_running.serve(self._write_replica_file, wait=True)
             return
         saved: dict[str, Any] = {"save": None, **self._saved_layout}
-        if with_files:
-            saved["save"] = uuid.uuid4().hex[:8]
-            ReplicaFile(path, saved["save"], self._file_owner).write(checkpoint, self._own_state(), self.num_replicas)
-            free_running.request_files(path, saved["save"])
+        if path is not None:
+            saved["save"] = save = uuid.uuid4().hex[:8]
+            self._saves.begin(path, save)
+            private = private_part(checkpoint, self._center_state)
+            ReplicaFile(path, save, self._file_owner).write(private, self._own_state(), self.num_replicas)
+            free_running.request_files(path, save, self._replaced)
+            self._replaced = []
         elif self._dynamic is not None:
             saved["data"] = self._dynamic.state_dict()
         super().save_checkpoint({**checkpoint, KEY: saved}, filepath, storage_options=storage_options)
-        if with_files and type(self.checkpoint_io).__name__ != "AsyncCheckpointIO":
-            ReplicaFile.remove(path, but=saved["save"])
+        self._remove_replaced(writes_later=self._writes_later)
+
+    def _place_of_files(self, checkpoint: dict[str, Any], filepath: Any) -> str | None:
+        """Returns the local path of a checkpoint that gets replicas' files; None of any other."""
+        if "optimizer_states" not in checkpoint:
+            return None
+        path = local_path(filepath)
+        if path is None:
+            rank_zero_warn(f"no replicas' files beside {filepath!r}: a run resumed from it starts from the center")
+        return path
+
+    def _remove_replaced(self, *, writes_later: bool) -> None:
+        """On global rank zero: removes all files that it sees of saves that later ones have replaced by now."""
+        for written, saves in (settled := self._saves.settle(writes_later=writes_later)):
+            ReplicaFile.remove(written, but=saves)
+        self._replaced += settled
+
+    @property
+    def _writes_later(self) -> bool:
+        """Whether a checkpoint is written in a thread."""
+        io: Any = self.checkpoint_io
+        while io is not None:
+            if any("Async" in kind.__name__ for kind in type(io).__mro__):
+                return True
+            io = getattr(io, "checkpoint_io", None)
+        return False
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        if "://" not in str(filepath):
-            ReplicaFile.remove(filepath, owner=None if self.is_global_zero else self._file_owner)
+        path = local_path(filepath)
+        if path is not None:
+            self._saves.forget(path)
+            ReplicaFile.remove(path, owner=None if self.is_global_zero else self._file_owner)
 
     @property
     def _saved_layout(self) -> dict[str, int]:
@@ -1313,6 +1387,7 @@ class ElasticStrategy(_DDPStrategy):
         return {
             "couplings": [coupling.state_dict() for coupling in self.couplings],
             "buffers": self._buffers.state_dict(),
+            "extra": {k: v for k, v in (self._center_state or {}).items() if k.endswith("_extra_state")},
             "rng": rng_state(),
             "epoch_rng": self._resumption.epoch_rng,
             "data": None if self._dynamic is None else self._dynamic.state_dict(),
@@ -1324,6 +1399,8 @@ class ElasticStrategy(_DDPStrategy):
             coupling.load_state_dict(own)
         assert self._buffers is not None
         self._buffers.load_state_dict(state["buffers"])
+        if state.get("extra"):  # of set_extra_state, beside the tensors; the first versions did not keep it
+            self._module.load_state_dict(state["extra"], strict=False)
         if self._dynamic is not None and state["data"] is not None:
             self._dynamic.load_state_dict(state["data"])
 
@@ -1336,8 +1413,10 @@ class ElasticStrategy(_DDPStrategy):
             return checkpoint
         saved = checkpoint.get(KEY)
         resumption.shared_epoch = None if saved is None else saved.get("data")
-        why = differences(saved, self._saved_layout)
-        if saved is None or why or self.resume == "center":
+        path, why = local_path(checkpoint_path), differences(saved, self._saved_layout)
+        if path is None and not why:
+            why = "its replicas' files cannot be read at a URL"
+        if saved is None or path is None or why or self.resume == "center":
             # Without replicas' files it is any other strategy's checkpoint, whose optimizer states are one for all.
             resumption.fresh_optimizers = saved is not None and self.resume_optimizer == "fresh"
             rank_zero_warn(
@@ -1348,7 +1427,7 @@ class ElasticStrategy(_DDPStrategy):
             return checkpoint
         error, content = None, {}
         try:
-            content = ReplicaFile(checkpoint_path, saved["save"], self._file_owner).read()
+            content = ReplicaFile(path, saved["save"], self._file_owner).read()
         except ReplicaFileError as found:
             error = found
         if not self.reduce_boolean_decision(error is None):  # nobody goes on with half of it
@@ -1467,7 +1546,6 @@ class ElasticStrategy(_DDPStrategy):
             self._by_optimizer.clear()
             self._layerwise = self._steps = None
             self._rendezvous = self._free_running = self._dynamic = None
-            self._saves.clear()
             self._dump = None
             self._stop_seen_at = None
             self._stopped_together = self._has_said_unchanged = False
@@ -1478,6 +1556,9 @@ class ElasticStrategy(_DDPStrategy):
             if isinstance(self._ddp_comm_state, torch.distributed.ProcessGroup):
                 self._ddp_comm_state = None
             super().teardown()
+            if self.is_global_zero:  # a CheckpointIO that writes in a thread has written by now
+                self._remove_replaced(writes_later=False)
+            self._saves, self._replaced = Saves(), []
             self._trainer = None
 
     # --- for callbacks ----------------------------------------------------------------------------------------------

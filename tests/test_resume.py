@@ -200,7 +200,7 @@ def test_removal_spares_files_of_other_names(tmp_path):
     ]  # fmt: skip
     for name in names:
         (tmp_path / name).touch()
-    ReplicaFile.remove(tmp_path / "model", owner="1", but="ffff0000")
+    ReplicaFile.remove(tmp_path / "model", owner="1", but=["ffff0000"])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[2:])
     ReplicaFile.remove(tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.ckpt.0123abcd.replica-1"]
