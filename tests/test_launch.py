@@ -89,8 +89,8 @@ def test_a_script_launches_its_own_processes(script, tmp_path):
         config |= {"/".join([u.key, *u.nested_key]): json.loads(u.value_json) for u in record.config.update}
         if record.history.item:
             history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-    expected = {"strategy": "EASGDStrategy", "algorithm": "EASGD", "period": 2, "moving_rate": 0.1, "num_replicas": 2}
-    assert expected.items() <= config.items()
+    expected = {"name": "EASGDStrategy", "algorithm": "EASGD", "period": 2, "moving_rate": 0.1, "num_replicas": 2}
+    assert {f"strategy/{key}": value for key, value in expected.items()}.items() <= config.items()
     ours = [row for row in history if "easgd/consensus_distance" in row]
     assert [row["trainer/global_step"] for row in ours] == [1, 3, 5, 7]
     assert [row["easgd/exchanges"] for row in ours] == [1, 2, 3, 4]
