@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_easgd.communication._c10d import Group
 from lightning_easgd.communication._transport import TransportError
 
-__all__ = ["Enqueued", "Line", "Place", "await_event", "finite_or_zero_", "new_event", "new_stream"]
+__all__ = ["Enqueued", "Line", "Place", "await_event", "finite_or_zero_", "is_finite", "new_event", "new_stream"]
 
 _POLL_S = 5e-5
 
@@ -161,8 +161,13 @@ class Place:
         self.line.forget(center)
 
 
+def is_finite(vector: Tensor) -> Tensor:
+    """Returns whether all numbers of a vector (d,), d >= 1, are finite: (), bool, on its device."""
+    return torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
+
+
 def finite_or_zero_(vector: Tensor) -> Tensor:
-    """Sets a vector (d,), d >= 1, to zero if a number in it is not finite; returns whether all were, on its device."""
-    finite = torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
+    """Sets a vector (d,), d >= 1, to zero if a number in it is not finite; returns what ``is_finite`` does of it."""
+    finite = is_finite(vector)
     vector.masked_fill_(~finite, 0)
     return finite

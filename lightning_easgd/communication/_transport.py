@@ -102,9 +102,12 @@ class OpenCenter(ABC):
         announced: (num_slots,) on the CPU, the slots' sum as of the last completed exchange; zeros before the first.
         traffic: what the exchanges have cost.
         measures_drift: whether the next exchange measures ``traffic.drift``, which costs a pass; write to it.
+        verdict: (), bool, on the center's device: whether the next delta is finite, where a caller that sees more of it
+            has looked; None where the center is to look. For a synchronous center on a device.
     """
 
     synchronous: ClassVar[bool]
+    verdict: Tensor | None = None
 
     def __init__(self, *, replica: int, num_replicas: int, num_slots: int, dtype: torch.dtype) -> None:
         self.replica = replica

@@ -22,7 +22,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -579,13 +580,14 @@ class _Launch:
         is_lent: whether a caller may still read it.
         in_place: whether its memory may be used for sums, in the order of the streams.
         is_enqueued: whether all of it is.
+        has_landed: whether the center is the new one, in the order of the caller's stream.
         is_heard: whether the host has waited for its header.
         kept: what the device may still read.
     """
 
     def __init__(self, delta: Tensor | None, scale: float, *, is_lent: bool) -> None:
         self.delta, self.scale, self.is_lent, self.in_place = delta, scale, is_lent, not is_lent
-        self.is_enqueued = self.is_heard = False
+        self.is_enqueued = self.is_heard = self.has_landed = False
         self.kept: list[Tensor] = []
         # In the order of the caller's stream: the delta is there; its end is asked for. In ours: header and center are.
         self.begun, self.asked = new_event(timed=True), new_event(timed=True)
@@ -646,13 +648,13 @@ class _DeviceCenter(_ReplicatedCenter):
         self._raise_if_refused()
         self._copy(delta, read_at, 1.0, look=False)
         message = self._message()
-        self._enqueue(message, 1.0, is_lent=False, finite=_finite(message))
+        self._enqueue(message, 1.0, is_lent=False, finite=self._finite(message))
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
         self._raise_if_refused()
         delta(x, snapshot.value)
-        finite = _finite(x)
+        finite = self._finite(x)
         if self._other is None or x.data_ptr() != self._other.data_ptr():
             self._copy(x, snapshot.clock, scale, look=False)
             self._enqueue(self._message(), 1.0, is_lent=False, finite=finite)
@@ -666,6 +668,14 @@ class _DeviceCenter(_ReplicatedCenter):
         self._raise_if_refused()
         self._message()
         self._enqueue(None, 1.0, is_lent=False, finite=None)
+
+    def _finite(self, vector: Tensor) -> Tensor | None:
+        """Returns whether a delta is finite, on its device; sets it to zero if not."""
+        verdict, self.verdict = self.verdict, None
+        if verdict is not None:
+            vector.masked_fill_(~verdict, 0)
+            return verdict
+        return finite_or_zero_(vector) if vector.numel() > 0 else None
 
     def _raise_if_refused(self) -> None:
         refused, self._is_refused = self._is_refused, False
@@ -749,18 +759,48 @@ class _DeviceCenter(_ReplicatedCenter):
             await_event(launch.heard, timeout)
             launch.is_heard = True
 
-    def drain(self, timeout: timedelta | None = None) -> None:
+    @property
+    def slots_on_device(self) -> Tensor:
+        """(num_slots,) the slots' sum as of the exchange that has landed last."""
+        return self._header[_LEAD:]
+
+    def has_heard(self) -> None:
+        """Says that the host has waited for an exchange that has landed, by an event behind it."""
+        if self._launched is not None:
+            self._launched.is_heard = True
+
+    def land(self, timeout: timedelta | None = None) -> None:
+        """Completes an exchange in the order of the caller's stream; the host waits after an abstention alone.
+
+        ``drain`` does the rest: counts it and takes over its slots.
+
+        Args:
+            timeout: makes the host wait for the device, at most so long: not even that may be left waiting.
+
+        Raises:
+            TransportError: it could not be completed.
+        """
         launch = self._launched
-        if launch is None:
+        if launch is None or launch.has_landed:
             return
-        began = time.perf_counter()
-        try:
+        caller = torch.cuda.current_stream(self._value.device)
+        with self._failing():
             if launch.delta is None:
                 self._hear(launch, self._timeout if timeout is None else timeout)
             self.enqueue_rest()
-            self._hear(launch, self._timeout if timeout is None else timeout)
-            if timeout is not None:  # asked for with little time: not even the device may be left waiting
+            if timeout is not None:
+                self._hear(launch, timeout)
                 await_event(launch.arrived, timeout)
+        _record(launch.asked, caller)
+        caller.wait_event(launch.arrived)
+        launch.has_landed = True
+        if launch.delta is not None or self._heard[0] > 0:
+            self._take_sum()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             self._launched, self._failed = None, True
             if self._group is not None:
@@ -769,19 +809,23 @@ class _DeviceCenter(_ReplicatedCenter):
                 f"replica {self.replica} of {self.num_replicas}: an all-reduce did not complete and was not applied: "
                 f"{error}"
             ) from error
-        self._launched = None
+
+    def drain(self, timeout: timedelta | None = None) -> None:
+        launch = self._launched
+        if launch is None:
+            return
+        began = time.perf_counter()
+        adds = launch.delta is not None
+        self.land(timeout)
+        with self._failing():
+            self._hear(launch, self._timeout if timeout is None else timeout)
+        self._launched = launch.delta = None
         self.traffic.exposed_s += time.perf_counter() - began
-        caller = torch.cuda.current_stream(self._value.device)
-        _record(launch.asked, caller)
-        caller.wait_event(launch.arrived)
-        launch.delta = None
         self._timed.append(launch)
         self._measure()
         heard = self._heard
-        if heard[0] > 0:
-            self._take_sum()
-        self._is_refused = self._is_refused or not heard[-1] > 0
-        self._note(heard[_LEAD:-1], int(heard[1]), int(heard[0]), adds=bool(self._outgoing[0] > 0))
+        self._is_refused = self._is_refused or (adds and not heard[-1] > 0)
+        self._note(heard[_LEAD:-1], int(heard[1]), int(heard[0]), adds=adds)
 
     def _measure(self) -> None:
         """Takes in the times of exchanges that are over on the device by now."""
@@ -806,10 +850,6 @@ class _DeviceCenter(_ReplicatedCenter):
             group.revoke()
         self._timed.clear()
         super().close()
-
-
-def _finite(vector: Tensor) -> Tensor | None:
-    return finite_or_zero_(vector) if vector.numel() > 0 else None
 
 
 def _record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
