@@ -157,8 +157,12 @@ class OpenCenter(ABC):
     def borrow(self) -> Tensor:
         """Lends (d,) memory for the x of an exchange; see ``Center.borrow``. Here it is a vector more, kept."""
         if self._lent is None:
-            self._lent = torch.empty_like(self.value)
+            self._lent = self._new_vector()
         return self._lent
+
+    def _new_vector(self) -> Tensor:
+        """Returns (d,) memory like the center, where the replica is."""
+        return torch.empty_like(self.value)
 
     @abstractmethod
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
