@@ -232,6 +232,10 @@ class Coupling:
                 raise
             observed.measured = None
             self._start_again(recover, abstain=True)
+            if self.measures_late:  # gradients that are there were taken at weights that a device has found late
+                for parameter in self.vector.parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()
             if not called:
                 local_update()
             self.algorithm.clock += 1
