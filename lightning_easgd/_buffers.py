@@ -345,7 +345,7 @@ class CenterBuffers:
         for name, tensor in tensors.items():
             own = (self._own or {}).get(name)
             is_back = own is None or form(own) != form(tensor) or self._is_written(name, tensor, rules[name])
-            values[name] = copy_of(tensor if own is None or is_back else own)
+            values[name] = copy_of(tensor if own is None or is_back else own).cpu()
         transient = [n for n in values if n.rpartition(".")[2] in _owner(self._module, n)._non_persistent_buffers_set]
         return {"values": values, "transient": transient}
 

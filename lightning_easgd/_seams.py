@@ -26,6 +26,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "trainer.fit_loop": (
         "_can_stop_early",
         "_combined_loader",
+        "_combined_loader_states_to_load",
         "_data_fetcher",
         "epoch_loop",
         "epoch_progress",

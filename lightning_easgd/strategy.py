@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from lightning_easgd._arguments import for_ddp, refuse_unknown
 from lightning_easgd._buffers import BufferRules, CenterBuffers
-from lightning_easgd._coupling import Coupling, Passage, num_slots
+from lightning_easgd._coupling import Coupling, Passage, num_slots, settle_in_line
 from lightning_easgd._dynamic import DynamicData
 from lightning_easgd._fragments import by_fragment, first_clock, refuse_fragments, step_fragments
 from lightning_easgd._free_running import (
@@ -63,6 +63,7 @@ from lightning_easgd.checkpoint import (
 )
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
+from lightning_easgd.communication._line import Line
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
@@ -286,6 +287,7 @@ class ElasticStrategy(_DDPStrategy):
         self._additions_at_start = 0
         self._has_said_unchanged = False
         self._generation = 0
+        self._line: Line | None = None  # what the couplings' centers share on CUDA devices
         self._resumption = Resumption()
         super().__init__(
             accelerator=accelerator,
@@ -556,9 +558,11 @@ class ElasticStrategy(_DDPStrategy):
                     f"EASGDStrategy: {type(optimizer).__name__} synchronises the replicas at every step; return the "
                     "optimizer that it wraps from configure_optimizers"
                 )
-        for index, (optimizer, parameters) in enumerate(self._coupled_parameters()):
-            vector = ParameterVector(parameters.values())
-            center = self._open_center(f"coupling/{index}", vector.read())
+        coupled = self._coupled_parameters()
+        self._line = self._open_line(len(coupled))
+        for index, (optimizer, parameters) in enumerate(coupled):
+            vector = ParameterVector(parameters.values(), device=self.root_device)
+            center = self._open_center(f"coupling/{index}", vector.read(), index)
             algorithm = copy.deepcopy(self.algorithm)
             algorithm.bind(optimizer, list(parameters.values()))
             algorithm.clock = first_clock(index % self.fragments, self.fragments, algorithm)
@@ -640,21 +644,37 @@ class ElasticStrategy(_DDPStrategy):
             turnstile = DoubleTurnstile(additions, readings)
         return SharedTurnstile(turnstile, self._members) if self._members.size > 1 else turnstile
 
-    def _open_center(self, name: str, initial: Tensor) -> OpenCenter:
-        rendezvous = self._rendezvous
+    def _open_line(self, size: int) -> Line | None:
+        """Returns the communicator that all couplings share on a CUDA device; None where each has its own group."""
+        if self.root_device.type != "cuda" or not isinstance(self.transport, AllReduce):
+            return None
+        assert self._rendezvous is not None
+        assert self._members is not None
+        group = self._group if self.layout.replica_size == 1 else None
+        if group is None:
+            store = PrefixStore(f"exchanges/{self._members.index}", self._rendezvous.store)
+            group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
+        return Line(group, size, self.root_device, self._wait)
+
+    def _open_center(self, name: str, initial: Tensor, index: int) -> OpenCenter:
+        rendezvous, line = self._rendezvous, self._line
         assert rendezvous is not None
         assert self._members is not None
 
-        def open_slice(part: Tensor, index: int) -> OpenCenter:
-            return self.transport.open(
+        transport: Any = self.transport  # the argument ``place`` is AllReduce's own
+
+        def open_slice(part: Tensor, member: int) -> OpenCenter:
+            opened: OpenCenter = transport.open(
                 part,
                 replica=self.replica,
                 num_replicas=self.num_replicas,
                 rule=self.algorithm.rule(self.num_replicas),
-                store=PrefixStore(f"{name}/{index}", rendezvous.store),
+                store=PrefixStore(f"{name}/{member}", rendezvous.store),
                 timeout=self._wait,
                 num_slots=num_slots(self.num_replicas, self.algorithm.num_told),
+                **({} if line is None else {"place": line.place(index)}),
             )
+            return opened
 
         center = self._members.open_center(name, initial, open_slice)
         self._cleanup.callback(center.close)
@@ -678,9 +698,9 @@ class ElasticStrategy(_DDPStrategy):
             for name, parameter in zip(coupling.names, coupling.vector.parameters, strict=True):
                 if name not in parameters:
                     parameter.copy_(center[name])
-            vector = ParameterVector(parameters.values(), coupling.vector.dtype)
+            vector = ParameterVector(parameters.values(), coupling.vector.dtype, coupling.vector.device)
             initial = vector.read()
-            if self._group is not None:
+            if self._group is not None and initial.numel() > 0:
                 self._group.allreduce([initial]).wait()
                 initial /= self.layout.world_size
             for name, view in zip(parameters, vector.views(initial), strict=True):
@@ -688,7 +708,7 @@ class ElasticStrategy(_DDPStrategy):
                     view.copy_(center[name])
             self._generation += 1
             coupling.algorithm.bind(optimizer, list(parameters.values()))
-            opened = self._open_center(f"coupling/{index}/{self._generation}", initial)
+            opened = self._open_center(f"coupling/{index}/{self._generation}", initial, index)
             coupling.rebind(list(parameters), vector, opened, initial)
             if self._layerwise is not None:
                 self._layerwise.attach()
@@ -697,6 +717,7 @@ class ElasticStrategy(_DDPStrategy):
             self.model.reducer._remove_autograd_hooks()
             with torch.enable_grad():
                 self.model = self._setup_model(self._module)
+            self._register_ddp_hooks()
 
     @property
     def _module(self) -> "LightningModule":
@@ -889,7 +910,21 @@ class ElasticStrategy(_DDPStrategy):
         after_closure(model, optimizer)
 
     def _add_force_of(self, optimizer: Optimizer) -> None:
-        for coupling in self._by_optimizer.get(id(optimizer), []):
+        """Adds what the algorithm adds to the gradients.
+
+        Raises:
+            ValueError: they are scaled, since the optimizer unscales them by itself; it would scale the force down, too.
+        """
+        couplings = self._by_optimizer.get(id(optimizer), [])
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        has_force = any(coupling.algorithm.proximal_term() is not None for coupling in couplings)
+        if has_force and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                f"EASGDStrategy({self.algorithm!r}) with a GradScaler (precision='16-mixed') and "
+                f"{type(optimizer).__name__}(fused=True): this algorithm's force joins the gradients before the "
+                "optimizer's step, and this optimizer unscales them in it; use fused=False, or precision='bf16-mixed'"
+            )
+        for coupling in couplings:
             coupling.add_force()
 
     def _recover(self, optimizer: Optimizer, parameters: Sequence[Tensor] | None = None) -> None:
@@ -1028,6 +1063,8 @@ class ElasticStrategy(_DDPStrategy):
                 return False
         elif len(self.couplings) == 1:
             self._settle(self.couplings[0])
+        elif self._line is not None:
+            settle_in_line(self.couplings, self._line)
         elif self.couplings:  # another replica may need an answer from any of them first
             with ThreadPoolExecutor(len(self.couplings)) as pool:
                 list(pool.map(self._settle, self.couplings))
@@ -1261,7 +1298,8 @@ class ElasticStrategy(_DDPStrategy):
             state = super().lightning_module_state_dict()
             if not self.is_global_zero:
                 return state  # not written
-            return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            # On the CPU: with the replica's state, a device may have no room for a copy.
+            return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
 
     @contextmanager
     def _holding_to_save(self) -> Iterator[None]:
@@ -1474,6 +1512,10 @@ class ElasticStrategy(_DDPStrategy):
             algorithm.batches_per_epoch = agreed
 
     def _last_drain(self) -> None:
+        if self.layout.replica_size > 1 and self.root_device.type == "cuda":
+            # One member cannot gather all slices, and a NCCL operation that is not answered ends the process.
+            log.warning("saving the center as it was before the last exchange: it is not gathered any more")
+            return
         for coupling in self.couplings:
             try:
                 coupling.drain(_LAST_DRAIN)
@@ -1544,7 +1586,7 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers = self._group = self._modes = None
             self._holds_center = False
             self._by_optimizer.clear()
-            self._layerwise = self._steps = None
+            self._layerwise = self._steps = self._line = None
             self._rendezvous = self._free_running = self._dynamic = None
             self._dump = None
             self._stop_seen_at = None

@@ -16,7 +16,7 @@ from tests.helpers import run_replicas
 from tests.modules import NAMESPACES, REGRESSIONS, loader, trainer
 
 ROOT = Path(lightning_easgd.__file__).parent
-# Private names of others than Lightning: torch's modules, loaders, reducer; Python's.
+# Private names of others than Lightning: torch's modules, loaders, reducer; fsspec's; Python's.
 TORCHS = {
     "_BatchNorm",
     "_C",
@@ -33,6 +33,7 @@ TORCHS = {
     "_initialized",
     "_non_persistent_buffers_set",
     "_remove_autograd_hooks",
+    "_strip_protocol",
 }
 # Of Lightning's objects that are not there yet when a run is set up; guarded where they are used.
 LATER = {
@@ -40,6 +41,7 @@ LATER = {
     "_compiler_ctx": "a LightningModule",
     "_duration": "a Timer",
     "_interval": "a Timer",
+    "_load_state_dicts": "the training data's loader",
     "_iterator": "the training data's loader, and torch's",
     "_num_yielded": "torch's iterator of a loader",
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import AllgatherOptions, Group
+from lightning_easgd.communication._line import await_event, is_finite, new_event
 from lightning_easgd.communication._transport import Completed, NonFiniteDeltaError, OpenCenter, TransportError
 
 __all__ = ["SlicedCenter", "open_sliced"]
@@ -117,6 +118,10 @@ class SlicedCenter(OpenCenter):
         """The deltas that the own slice had received then."""
         return self._inner.additions
 
+    def announce_late(self, first: int, numbers: Tensor) -> None:
+        """See ``OpenCenter.announce_late``."""
+        self._inner.announce_late(first, numbers)
+
     def lost(self) -> list[int]:
         """Returns the replicas whose member of this index is known to have ended; see ``OpenCenter.lost``."""
         return self._inner.lost()
@@ -150,6 +155,10 @@ class SlicedCenter(OpenCenter):
         self._value = self._value.new_empty(0)
 
     @property
+    def _slots(self) -> Tensor:
+        return self._inner.announced
+
+    @property
     def _who(self) -> str:
         return f"replica {self.replica} of {self.num_replicas}, member {self.member} of {self.replica_size}"
 
@@ -161,7 +170,14 @@ class SlicedCenter(OpenCenter):
         return self._gather
 
     def _refuse(self, delta: Tensor) -> None:
-        """Raises ``NonFiniteDeltaError`` on all members alike, since all look at the whole delta."""
+        """Raises ``NonFiniteDeltaError`` on all members alike, since all look at the whole delta.
+
+        A synchronous center's on a device is told what has been found there, and raises with its next exchange.
+        """
+        if delta.is_cuda and self.synchronous:
+            if delta.numel() > 0:
+                self._inner.verdict = is_finite(delta)
+            return
         began = time.perf_counter()
         self._refuse_nonfinite(delta)
         self.traffic.exposed_s += time.perf_counter() - began
@@ -191,7 +207,7 @@ class SlicedCenter(OpenCenter):
             outcome, error = _FAILED, caught
         began = time.perf_counter()
         try:
-            outcomes = gather(part, self._inner.announced, outcome, max(deadline - time.monotonic(), 1e-3))
+            outcomes = gather(part, self._slots, outcome, max(deadline - time.monotonic(), 1e-3))
         except RuntimeError as lost:
             self._failure = f"the {operation} of the members' slices was not gathered: {lost}"
             raise error or TransportError(f"{self._who}: {self._failure}") from lost
@@ -218,6 +234,11 @@ class _SynchronousCenter(SlicedCenter):
     synchronous = True
 
     _is_outstanding = False
+    _has_landed = False  # the own slice's exchange, whose slots the host has not seen
+
+    @property
+    def _slots(self) -> Tensor:
+        return self._inner.slots_on_device if self._has_landed else self._inner.announced  # type: ignore[attr-defined]
 
     def pull(self) -> Snapshot:
         self._require_usable()
@@ -251,15 +272,26 @@ class _SynchronousCenter(SlicedCenter):
         self._is_outstanding = False
         limit = self._timeout if timeout is None else timeout
 
+        device: Any = self._inner if self._value.is_cuda else None
+
         def complete() -> Tensor:
-            self._inner.drain(limit)
+            if device is None:
+                self._inner.drain(limit)
+            else:  # the host waits once: for the gathered slots, which come behind the slice
+                device.land(timeout)
+                self._has_landed = True
             return self._inner.value
 
         try:
             self._together("exchange", complete, self._value, limit)
+            if device is not None:
+                device.has_heard()
+                device.drain(timeout)
         except TransportError as error:
             self._failure = self._failure or str(error)  # slices of different exchanges make no center
             raise
+        finally:
+            self._has_landed = False
 
     def close(self) -> None:
         self._is_outstanding = False
@@ -384,24 +416,43 @@ class _Gather:
         # Rows of one length, though slices differ: a collective's messages may not. Beyond a slice there are zeros.
         self._own = like.new_zeros(size + num_slots + 1)
         self._rows = like.new_empty(replica_size, self._own.numel())
+        # What the host reads of the rows: slots and outcomes.
+        self._told = torch.empty(replica_size, num_slots + 1, dtype=like.dtype, pin_memory=like.is_cuda)
 
     def __call__(self, part: Tensor, slots: Tensor, outcome: int, timeout_s: float) -> list[int]:
         """Returns all members' outcomes. ``RuntimeError`` if they are not there in time; the group is over then."""
         self._own[: part.numel()].copy_(part)
         self._own[self._size : -1].copy_(slots)
-        self._own[-1] = outcome
+        self._own[-1:].fill_(outcome)
+        if self._rows.is_cuda:
+            return self._gather_on_device(timedelta(seconds=timeout_s))
         options = AllgatherOptions()
         # The operation's own, too: a group waits for its operations when it is destroyed.
         timeout = options.timeout = timedelta(seconds=timeout_s)
         self._group.allgather([list(self._rows)], [self._own], options).wait(timeout)
-        return [int(outcome) for outcome in self._rows[:, -1].tolist()]
+        self._told.copy_(self._rows[:, self._size :])
+        return self._outcomes
+
+    def _gather_on_device(self, timeout: timedelta) -> list[int]:
+        group: Any = self._group
+        # Into the rows as they lie; a list of them would be gathered through a buffer as large.
+        group._allgather_base(self._rows.view(-1), self._own).wait()
+        self._told.copy_(self._rows[:, self._size :], non_blocking=True)
+        gathered = new_event()
+        gathered.record(torch.cuda.current_stream(self._rows.device))
+        await_event(gathered, timeout)
+        return self._outcomes
+
+    @property
+    def _outcomes(self) -> list[int]:
+        return [int(outcome) for outcome in self._told[:, -1].tolist()]
 
     def deliver(self, vector: Tensor, slots: Tensor) -> None:
         """Writes the slices that were gathered to ``vector`` (d,), and member 0's slots to ``slots``."""
         for member, row in enumerate(self._rows):
             part = vector[_slice(member, self._size)]
             part.copy_(row[: part.numel()])
-        slots.copy_(self._rows[0, self._size : -1])
+        slots.copy_(self._told[0, :-1])
 
 
 def _slice(member: int, size: int) -> slice:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ __all__ = [
     "TransportError",
     "check_open",
 ]
+
+
+_REMEDY = (
+    "it was kept out of the center. Lower the learning rate or clip gradients, or let such a replica start again from "
+    "the center with on_nonfinite='reset'"
+)
 
 
 class TransportError(RuntimeError):
@@ -96,9 +102,12 @@ class OpenCenter(ABC):
         announced: (num_slots,) on the CPU, the slots' sum as of the last completed exchange; zeros before the first.
         traffic: what the exchanges have cost.
         measures_drift: whether the next exchange measures ``traffic.drift``, which costs a pass; write to it.
+        verdict: (), bool, on the center's device: whether the next delta is finite, where a caller that sees more of it
+            has looked; None where the center is to look. For a synchronous center on a device.
     """
 
     synchronous: ClassVar[bool]
+    verdict: Tensor | None = None
 
     def __init__(self, *, replica: int, num_replicas: int, num_slots: int, dtype: torch.dtype) -> None:
         self.replica = replica
@@ -148,12 +157,25 @@ class OpenCenter(ABC):
     def borrow(self) -> Tensor:
         """Lends (d,) memory for the x of an exchange; see ``Center.borrow``. Here it is a vector more, kept."""
         if self._lent is None:
-            self._lent = torch.empty_like(self.value)
+            self._lent = self._new_vector()
         return self._lent
+
+    def _new_vector(self) -> Tensor:
+        """Returns (d,) memory like the center, where the replica is."""
+        return torch.empty_like(self.value)
 
     @abstractmethod
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         """Reads the center and adds to it as one. See ``Center.exchange``; raises like ``push``."""
+
+    def announce_late(self, first: int, numbers: Tensor) -> None:
+        """Announces numbers that are on the center's device, with the next push or abstention.
+
+        Args:
+            first: the slot of the first of them.
+            numbers: (n,) the host does not read them where the center is on a device. Not written to afterwards.
+        """
+        self.announcement[first : first + numbers.numel()] = numbers
 
     @abstractmethod
     def abstain(self) -> None:
@@ -197,10 +219,14 @@ class OpenCenter(ABC):
         if not (math.isfinite(float(delta.sum())) or bool(torch.isfinite(delta).all())):
             bad = int((~torch.isfinite(delta)).sum())
             raise NonFiniteDeltaError(
-                f"replica {self.replica}: {bad} of {delta.numel()} numbers in its delta are not finite; it was kept "
-                "out of the center. Lower the learning rate or clip gradients, or let such a replica start again from "
-                "the center with on_nonfinite='reset'"
+                f"replica {self.replica}: {bad} of {delta.numel()} numbers in its delta are not finite; {_REMEDY}"
             )
+
+    def _refuse_late(self) -> NoReturn:
+        """Raises ``NonFiniteDeltaError`` for the delta of the exchange before, as a device has found it."""
+        raise NonFiniteDeltaError(
+            f"replica {self.replica}: not all numbers in its delta of the exchange before were finite; {_REMEDY}"
+        )
 
 
 class Transport(ABC):

@@ -483,6 +483,7 @@ class _DistantCenter(OpenCenter):
         self._vector = vector  # on the CPU; the shards write their slices
         self._value = vector.to(device)  # the same tensor where the replica is on the CPU
         self._stream = _new_stream(device)
+        self._outbox: Tensor | None = None  # a delta on its way to the messages
         self._expected: Tensor | None = None  # where the center would be next time, if nobody else added to it
         self._unconfirmed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lightning_easgd-client")
@@ -515,7 +516,7 @@ class _DistantCenter(OpenCenter):
         self._begin_operation()
         with self._exposed():
             self._refuse_nonfinite(delta)
-            self._stage(delta, measure=self.measures_drift)
+            self._stage(delta, 1.0, measure=self.measures_drift)
         slots = self.announcement.double()
         self._start(lambda: self._transmit(read_at, slots))
         self.traffic.exchanges += 1
@@ -536,7 +537,7 @@ class _DistantCenter(OpenCenter):
                 self._read()
                 delta(x, self._value)
                 self._refuse_nonfinite(x)
-                self._stage(x if scale == 1 else x * scale, measure=measure)
+                self._stage(x, scale, measure=measure)
             self._transmit(self._clock, slots)
             self.traffic.exchanges += 1
 
@@ -566,8 +567,13 @@ class _DistantCenter(OpenCenter):
             self.traffic.drift = float(torch.linalg.vector_norm(self._vector - self._expected))
             self._expected = None
 
-    def _stage(self, delta: Tensor, *, measure: bool) -> None:
-        delta = delta.cpu()
+    def _stage(self, delta: Tensor, scale: float, *, measure: bool) -> None:
+        if delta.is_cuda or scale != 1:  # through a vector that stays, pinned where a device copies into it
+            if self._outbox is None:
+                self._outbox = torch.empty(delta.numel(), dtype=delta.dtype, pin_memory=delta.is_cuda)
+            delta = self._outbox.copy_(delta)
+            if scale != 1:
+                delta.mul_(scale)
         for shard, part in self._shards:
             shard.stage(delta[part])
         if measure:
@@ -590,6 +596,7 @@ class _DistantCenter(OpenCenter):
         if self._stream is None:
             yield
             return
+        torch.cuda.set_device(self._stream.device)  # a thread begins with device 0
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()
@@ -712,6 +719,7 @@ class _DistantCenter(OpenCenter):
             shard.close()
         self._shards = []
         self._vector = self._value = self._vector.new_empty(0)
+        self._outbox = None
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:

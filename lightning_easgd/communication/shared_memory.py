@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Store
+from lightning_easgd.communication._line import new_stream
 from lightning_easgd.communication._mapping import FREE_LOCK, Layout, Mapping
 from lightning_easgd.communication._transport import (
     Completed,
@@ -37,6 +38,7 @@ __all__ = ["SharedCenter", "SharedMemory"]
 CHUNK_BYTES = 256 << 10  # measured best of 128 KiB to 1 MiB: more do not stay in a cache, less cost more calls
 _CPU = torch.device("cpu")
 _BEGUN, _COMPLETED = 0, 1  # counters
+_MOST_OF_DOT = 1 << 30  # numbers; a device's dot refuses more than 2^31 - 1
 _SHORTEST_S, _LONGEST_S = 20e-6, 2e-3  # between two looks at a lock that is taken
 
 
@@ -47,7 +49,8 @@ class SharedMemory(Transport):
     dies gives its locks back, and what it had added stays. The memory is a file in ``/dev/shm``, or in the folder for
     temporary files where there is no room for it. It goes when the last replica closes or, should that one be killed,
     when the next center is opened. Needs POSIX. Memory: the center and what the rule remembers, once for all replicas,
-    and a private copy of the center in each replica that pulls.
+    and a private copy of the center in each replica that pulls. For a replica on a CUDA device it is two vectors there
+    and two of pinned memory on the host, in each process.
 
     Args:
         chunk_bytes: bytes of a vector under one lock, >= 8. Default 256 KiB.
@@ -195,6 +198,7 @@ class SharedCenter(OpenCenter):
         self._outbox: Tensor | None = None  # what is on its way from a device
         self._device_work: _DeviceExchange | None = None
         self._worker: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._num_loads = 0
         self._is_closing = False
 
@@ -270,6 +274,10 @@ class SharedCenter(OpenCenter):
         self.traffic.exposed_s += time.perf_counter() - began
         return Snapshot(value, clock)
 
+    def _new_vector(self) -> Tensor:
+        layout = self._mapping.layout  # a look at ``value`` would pull
+        return torch.empty(layout.numel, dtype=layout.dtype, device=self._device)
+
     def push(self, delta: Tensor, *, read_at: int) -> None:
         """Adds ``delta`` before it returns; see ``OpenCenter.push``."""
         self._begin_operation()
@@ -311,8 +319,14 @@ class SharedCenter(OpenCenter):
             weight = self._begin_addition(int(self._mapping.counters[_COMPLETED]))
         self.traffic.drift = 0.0
         if x.is_cuda:
+            if self._stream is None:
+                self._stream = new_stream(x.device)
             self._device_work = _DeviceExchange(
-                x, self._staged(), lambda host: self._exchange(host, delta, scale * weight, is_huge), self._executor()
+                x,
+                self._staged(),
+                lambda host: self._exchange(host, delta, scale * weight, is_huge),
+                self._executor(),
+                self._stream,
             )
             self.traffic.exposed_s += time.perf_counter() - began
             return _PendingExchange(self, self._device_work)
@@ -323,7 +337,7 @@ class SharedCenter(OpenCenter):
     def _look_through(self, x: Tensor) -> bool:
         """Refuses ``x`` if a number is not finite; returns whether one is so large that a difference may not be."""
         # The cheapest look at all numbers there is; beyond the square root of the largest number it overflows.
-        if math.isfinite(float(torch.dot(x, x))):
+        if all(math.isfinite(float(torch.dot(part, part))) for part in torch.split(x, _MOST_OF_DOT)):
             return False
         self._refuse_nonfinite(x)
         return True
@@ -568,13 +582,20 @@ class _DeviceExchange:
         host: (d,) pinned; used until ``finish``, and by the next exchange in the same stream.
         exchange: works on ``host`` in place.
         worker: where ``exchange`` is called.
+        stream: of the center, beside the caller's.
     """
 
-    def __init__(self, x: Tensor, host: Tensor, exchange: Callable[[Tensor], None], worker: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        host: Tensor,
+        exchange: Callable[[Tensor], None],
+        worker: ThreadPoolExecutor,
+        stream: torch.cuda.Stream,
+    ) -> None:
         self.x = x
         self._host, self._exchange = host, exchange
-        cuda: Any = torch.cuda  # its streams are not typed
-        self._stream = cuda.Stream(x.device)
+        self._stream: Any = stream  # its methods are not typed
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
@@ -583,6 +604,7 @@ class _DeviceExchange:
 
     def _run(self) -> float:
         began = time.perf_counter()
+        torch.cuda.set_device(self.x.device)  # a thread begins with device 0
         self._stream.synchronize()
         self._exchange(self._host)
         with torch.cuda.stream(self._stream):

@@ -494,7 +494,15 @@ def test_a_vector_on_a_device_is_exchanged_beside_the_caller():
         center.push(torch.ones_like(start), read_at=center.clock)
         assert torch.equal(center.pull().value, start + 5)
         assert center.clock == 2
-        bad = center.exchange(torch.full_like(start, float("nan")), lambda x, c: None)
         with pytest.raises(NonFiniteDeltaError, match="replica 0: 1280 of 1280"):
-            bad.wait()
+            center.exchange(torch.full_like(start, float("nan")), lambda x, c: None)
         assert torch.equal(center.pull().value, start + 5)
+
+
+def test_borrowing_reads_nothing():
+    """An exchange needs no private copy of the center: whoever only exchanges never allocates one."""
+    with open_center(dist.HashStore(), 0, 1) as center:
+        x = center.borrow().fill_(2)
+        center.exchange(x, set_to_one).wait()
+        assert center._snapshot is None
+        assert center.borrow().data_ptr() == x.data_ptr()
