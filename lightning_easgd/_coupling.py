@@ -386,10 +386,10 @@ class Coupling:
         remainder = state["remainder"]
         self.vector.remainder = None if remainder is None else remainder.to(self.vector.device)
         self.center.load_state_dict(state["center_state"], state["center"])
-        self.algorithm.load_state_dict(state["algorithm"])
+        self.algorithm.load_state_dict(_on(self.vector.device, state["algorithm"]))
         self.center.announced[num_slots(self.center.num_replicas) :].copy_(state["told"])
         if self.average is not None and state["average"] is not None:
-            self.average.load_state_dict(state["average"])
+            self.average.load_state_dict(_on(self.vector.device, state["average"]))
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -507,6 +507,11 @@ class _Measured:
 def _row(measured: dict[str, float]) -> Tensor:
     """Returns a replica's figures in their order; those of algorithms that have no such thing are zero."""
     return torch.tensor([measured.get(figure, 0.0) for figure in FIGURES])
+
+
+def _on(device: torch.device, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state with its tensors on a device: a checkpoint's files are read to the CPU."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _square(vector: Tensor) -> float:

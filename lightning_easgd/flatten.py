@@ -53,6 +53,7 @@ class ParameterVector:
         parameters: the tensors, in a fixed order; any shapes (0-dim and empty too), strides and floating dtypes, on
             one device.
         dtype: the vector's dtype. Default: ``accumulation_dtype``.
+        device: the vector's device where there are no tensors, as when all are frozen. Default: the CPU.
 
     Raises:
         ValueError: a tensor is complex or not floating.
@@ -61,7 +62,9 @@ class ParameterVector:
         remainder: (n,) what rounding took from the n narrower parameters, or None before the first move.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, parameters: Iterable[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> None:
         self.parameters = list(parameters)
         if not all(p.is_floating_point() for p in self.parameters):
             kinds = sorted({str(p.dtype) for p in self.parameters if not p.is_floating_point()})
@@ -71,7 +74,7 @@ class ParameterVector:
         self.dtype = accumulation_dtype(self.parameters) if dtype is None else dtype
         self._sizes = [p.numel() for p in self.parameters]
         self.numel = sum(self._sizes)
-        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.device = self.parameters[0].device if self.parameters else device or torch.device("cpu")
         self._narrow = [i for i, p in enumerate(self.parameters) if p.dtype != self.dtype]
         self.remainder: Tensor | None = None
 
@@ -114,7 +117,9 @@ class ParameterVector:
                 self.remainder = torch.empty(size, dtype=self.dtype, device=self.device)
             remainders = self._remainders()
             torch._foreach_copy_(remainders, [views[i] for i in self._narrow])
-            torch._foreach_sub_(remainders, [self.parameters[i].to(self.dtype) for i in self._narrow])
+            for remainder, i in zip(remainders, self._narrow, strict=True):
+                # One by one, since their copies in the vector's dtype would be a vector more all together.
+                remainder.sub_(self.parameters[i])
 
     @torch.no_grad()
     def add_proximal_gradient(self, stiffness: float, anchor: Tensor) -> None:

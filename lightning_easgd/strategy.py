@@ -489,7 +489,7 @@ class ElasticStrategy(_DDPStrategy):
                     "optimizer that it wraps from configure_optimizers"
                 )
         for index, (optimizer, parameters) in enumerate(self._coupled_parameters()):
-            vector = ParameterVector(parameters.values())
+            vector = ParameterVector(parameters.values(), device=self.root_device)
             center = self._open_center(f"coupling/{index}", vector.read())
             algorithm = copy.deepcopy(self.algorithm)
             algorithm.bind(optimizer, list(parameters.values()))
@@ -592,9 +592,9 @@ class ElasticStrategy(_DDPStrategy):
             for name, parameter in zip(coupling.names, coupling.vector.parameters, strict=True):
                 if name not in parameters:
                     parameter.copy_(center[name])
-            vector = ParameterVector(parameters.values(), coupling.vector.dtype)
+            vector = ParameterVector(parameters.values(), coupling.vector.dtype, coupling.vector.device)
             initial = vector.read()
-            if self._group is not None:
+            if self._group is not None and initial.numel() > 0:
                 self._group.allreduce([initial]).wait()
                 initial /= self.layout.world_size
             for name, view in zip(parameters, vector.views(initial), strict=True):
@@ -611,6 +611,7 @@ class ElasticStrategy(_DDPStrategy):
             self.model.reducer._remove_autograd_hooks()
             with torch.enable_grad():
                 self.model = self._setup_model(self._module)
+            self._register_ddp_hooks()
 
     @property
     def _module(self) -> "LightningModule":
@@ -761,7 +762,18 @@ class ElasticStrategy(_DDPStrategy):
         return output
 
     def _add_force(self, after_closure: Callable[..., None], model: Any, optimizer: Any) -> None:
-        """Before Lightning's own, which calls ``on_before_optimizer_step`` and clips: gradients are unscaled here."""
+        """Before Lightning's own, which calls ``on_before_optimizer_step`` and clips: gradients are unscaled here.
+
+        Raises:
+            ValueError: they are not, since the optimizer unscales them by itself; it would scale the force down, too.
+        """
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                f"EASGDStrategy({self.algorithm!r}) with a GradScaler (precision='16-mixed') and "
+                f"{type(optimizer).__name__}(fused=True): this algorithm's force joins the gradients before the "
+                "optimizer's step, and this optimizer unscales them in it; use fused=False, or precision='bf16-mixed'"
+            )
         for coupling in self._by_optimizer.get(id(optimizer), []):
             coupling.add_force()
         after_closure(model, optimizer)

@@ -159,3 +159,34 @@ def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, n
             expected = whole | {"batches": whole["batches"][-len(again["batches"]) :]}
             assert len(again["batches"]) < len(whole["batches"])
             assert _differences(expected, again, f"rank {rank}, {strategy}: ") == []
+
+
+class _Fused(Regression):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
+
+
+def _with_scaler(replica: int, strategies: list[Any]) -> list[str]:
+    from pytorch_lightning.plugins import MixedPrecision
+
+    found = []
+    for strategy in strategies:
+        scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+        t = trainer(strategy=strategy, devices=1, max_steps=2, plugins=[scaled])
+        try:
+            t.fit(_Fused(), torch.utils.data.DataLoader(linear_data(16), batch_size=4))
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+def test_a_force_on_gradients_that_the_optimizer_unscales_is_refused():
+    """It would be divided by the scale, 65536 at first: gone without a word."""
+    strategies = [EASGDStrategy(a) for a in (Parle(period=4), EntropySGD(period=4), ElasticSGD(), EASGD(period=2))]
+    [found] = run_replicas(_with_scaler, 1, strategies)
+    for message in found[:-1]:
+        assert "SGD(fused=True): this algorithm's force joins the gradients before the optimizer's step" in message
+        assert "use fused=False, or precision='bf16-mixed'" in message
+    assert found[-1] == ""  # without a force it trains

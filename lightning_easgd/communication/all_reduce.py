@@ -168,6 +168,12 @@ class _Flight:
             event: Callable[[], torch.cuda.Event] = torch.cuda.Event  # torch does not annotate its constructor
             self.begun, self.free, self.arrived = event(), event(), event()
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the delta's memory may be overwritten by now, by the host's clock and by the device's."""
+        free: Any = self.free  # its methods are not typed
+        return self.released.is_set() and (free is None or bool(free.query()))
+
     def release(self) -> None:
         if not self.released.is_set():
             if self.free is not None:
@@ -338,7 +344,7 @@ class _ReplicatedCenter(OpenCenter):
         self._header[1:].copy_(self.announcement)
         flight = self._flight = _Flight(self._value.device)
         if flight.begun is not None:
-            flight.begun.record()
+            flight.begun.record(torch.cuda.current_stream(self._value.device))  # the thread's device may be another
         if free:
             flight.release()
         flight.thread = threading.Thread(target=self._fly, args=(flight, delta, scale), name="all-reduce", daemon=True)
@@ -352,6 +358,8 @@ class _ReplicatedCenter(OpenCenter):
     def _fly(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
         try:
             stream = self._stream
+            if stream is not None:
+                torch.cuda.set_device(self._value.device)  # a thread begins with device 0
             context: AbstractContextManager[Any] = nullcontext() if stream is None else torch.cuda.stream(stream)
             with torch.no_grad(), context:
                 if stream is not None and flight.begun is not None:
@@ -381,7 +389,7 @@ class _ReplicatedCenter(OpenCenter):
                 if i >= len(lanes):
                     self._settle(flight, chunks[i - len(lanes)], lane.finish(), any_delta)
                 part = None if delta is None else delta[chunk[0] : chunk[1]]
-                lane.launch(chunk, part, scale, in_place=flight.released.is_set())
+                lane.launch(chunk, part, scale, in_place=flight.is_free)
             if i == 0:
                 heading.wait(self._timeout)
                 any_delta = bool(self._header[0] > 0)

@@ -590,6 +590,7 @@ class _DistantCenter(OpenCenter):
         if self._stream is None:
             yield
             return
+        torch.cuda.set_device(self._stream.device)  # a thread begins with device 0
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()

@@ -583,6 +583,7 @@ class _DeviceExchange:
 
     def _run(self) -> float:
         began = time.perf_counter()
+        torch.cuda.set_device(self.x.device)  # a thread begins with device 0
         self._stream.synchronize()
         self._exchange(self._host)
         with torch.cuda.stream(self._stream):

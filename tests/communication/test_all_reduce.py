@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter, TransportError, all_reduce
@@ -324,3 +325,19 @@ def test_a_wire_that_is_none_is_refused():
     assert repr(all_reduce.AllReduce()) == "AllReduce()"
     assert repr(all_reduce.AllReduce(wire="int8")) == "AllReduce(wire='int8')"
     assert repr(all_reduce.AllReduce(shared_memory=False)) == "AllReduce(shared_memory=False)"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_delta_is_whole_until_the_device_has_read_it():
+    """The host is a whole step ahead of the device: that it has given the vector back says nothing of the device."""
+    d = 5 * (16 << 20) // 4
+    center = open_center(0, dist.HashStore(), torch.zeros(d, device="cuda"), num_replicas=1)
+    with center:
+        pending = center.exchange(center.borrow().fill_(1), torch.Tensor.sub_, scale=0.5)
+        torch.cuda._sleep(2_000_000_000)
+        kept = pending.wait().clone()  # queued behind the sleep
+        pending.done()
+        center.drain()
+        assert torch.equal(kept, torch.ones(d, device="cuda"))
+        assert torch.equal(center.value, torch.full((d,), 0.5, device="cuda"))
