@@ -40,7 +40,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_flatten, tree_map
 
 __all__ = ["Findings", "HostWait", "Lag", "PretendTensor", "on_device", "pretend_cuda", "run_ranks"]
 
@@ -519,16 +518,16 @@ class _Memory:
     def __del__(self) -> None:
         if self.stream is None or sys.is_finalizing():
             return
-        with _LOCK:
-            after = dict(self.stream.vc)
-            _join(after, _ME.vc)
-            for key, n, _, _, _, text in self._accesses:
-                is_streams = isinstance(key, tuple) and key[0] == "stream"
-                if is_streams and key != self.stream.key and after.get(key, 0) < n and key not in self.recorded:
-                    self.findings.freed.setdefault(
-                        (self.made, text),
-                        f"rank {self.rank}: memory made in [{self.made}] is given back while [{text}] may still use it",
-                    )
+        # Not under the lock: a thread may be collecting garbage, and come here, with another lock in its hands.
+        after = dict(self.stream.vc)
+        _join(after, _ME.vc)
+        for key, n, _, _, _, text in self._accesses:
+            is_streams = isinstance(key, tuple) and key[0] == "stream"
+            if is_streams and key != self.stream.key and after.get(key, 0) < n and key not in self.recorded:
+                self.findings.freed.setdefault(
+                    (self.made, text),
+                    f"rank {self.rank}: memory made in [{self.made}] is given back while [{text}] may still use it",
+                )
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -551,12 +550,29 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.plain if isinstance(tensor, PinnedTensor) else tensor
 
 
+def _mapped(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Returns arguments of an operator, with each tensor replaced. As pytree's, in a fraction of its time."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, x) for x in value])
+    if isinstance(value, dict):
+        return {key: _mapped(function, x) for key, x in value.items()}
+    return value
+
+
 def _inside(value: Any) -> Any:
-    return tree_map(lambda x: _plain(x) if isinstance(x, torch.Tensor) else x, value)
+    return _mapped(_plain, value)
 
 
 def _tensors(value: Any, kind: type[torch.Tensor] = torch.Tensor) -> list[Any]:
-    return [x for x in tree_flatten(value)[0] if isinstance(x, kind)]
+    if isinstance(value, torch.Tensor):
+        return [value] if isinstance(value, kind) else []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [x for part in value for x in _tensors(part, kind)]
 
 
 def _launch(
@@ -636,7 +652,7 @@ class PinnedTensor(torch.Tensor):
         result = func(*_inside(args), **_inside(kwargs))
         if getattr(func, "is_view", False) or func is aten.detach.default:
             memory = _tensors(args, PinnedTensor)[0].memory
-            return tree_map(lambda o: PinnedTensor.around(o, memory) if isinstance(o, torch.Tensor) else o, result)
+            return _mapped(lambda o: PinnedTensor.around(o, memory), result)
         ours = _tensors((args, kwargs), PinnedTensor)
         _host_touches([x for x in ours if id(x) not in ids or _reads_too(func)], written, str(func))
         if written and func._schema.returns:
@@ -799,7 +815,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     if getattr(func, "is_view", False) or func in (aten.detach.default, aten.alias.default):
         views, memory = func(*inner_args, **inner_kwargs), pretended[0].memory
-        return tree_map(lambda v: PretendTensor(v, device, memory) if isinstance(v, torch.Tensor) else v, views)
+        return _mapped(lambda v: PretendTensor(v, device, memory), views)
 
     written = _written(func, args, kwargs)
     ids = {id(x) for x in written}
@@ -810,24 +826,16 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return None
         return written[0] if len(func._schema.returns) == 1 else tuple(written)
 
-    def as_meta(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
-        return torch.device("meta") if isinstance(x, torch.device) else x
+    def as_meta(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
 
+    meta_kwargs = {k: torch.device("meta") if k == "device" else v for k, v in _mapped(as_meta, inner_kwargs).items()}
     try:
-        shapes = func(*tree_map(as_meta, inner_args), **tree_map(as_meta, inner_kwargs))
+        shapes = func(*_mapped(as_meta, inner_args), **meta_kwargs)
     except (NotImplementedError, RuntimeError):  # the shape is in the data: the host waits for it
         _wait_for_all(stream, f"{func}, whose result has the shape that the data say")
         shapes = func(*inner_args, **inner_kwargs)
-    results = tree_map(
-        lambda m: (
-            PretendTensor(torch.empty_strided(m.size(), m.stride(), dtype=m.dtype), device)
-            if isinstance(m, torch.Tensor)
-            else m
-        ),
-        shapes,
-    )
+    results = _mapped(lambda m: PretendTensor(torch.empty_strided(m.size(), m.stride(), dtype=m.dtype), device), shapes)
     if func.__name__.split(".")[0] in _EMPTY:
         return results
     inner_results = [o.inner for o in _tensors(results)]  # not the tensors: work that is queued keeps no memory alive
@@ -1517,7 +1525,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     """Calls ``function(rank, store, *args)`` in a thread a rank, whose device is ``cuda:rank``; returns the results."""
     store = dist.HashStore()
     results: list[Any] = [None] * size
-    errors: list[BaseException | None] = [None] * size
+    errors: list[BaseException] = []  # the first one is the cause of the others, if any
+    finished = threading.Semaphore(0)
 
     def run(rank: int) -> None:
         _ME.rank = rank
@@ -1527,17 +1536,17 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         try:
             results[rank] = function(rank, store, *args)
         except BaseException as error:
-            errors[rank] = error
+            errors.append(error)
+        finally:
+            finished.release()
 
     threads = [threading.Thread(target=run, args=(r,), daemon=True, name=f"main of rank {r}") for r in range(size)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 2 * HANG_S
+    for _ in threads:
+        assert errors or finished.acquire(timeout=2 * HANG_S), "ranks hang"
+    if errors:
+        raise errors[0]
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()) if not any(errors) else 5.0)
-    failed = [e for e in errors if e is not None]
-    if failed:
-        raise failed[0]
-    hanging = [t.name for t in threads if t.is_alive()]
-    assert not hanging, f"these hang: {hanging}"
+        thread.join(HANG_S)
     return results

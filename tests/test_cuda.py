@@ -441,7 +441,7 @@ ASYNCHRONOUS = {
         "pull and push": replace(EXACT, algorithm=partial(Downpour, period=2), steps=5),
         "momentum on the center": replace(EXACT, algorithm=partial(MDownpour, momentum=0.5)),
         "figures": replace(EXACT, report_every=1),
-        "an average": replace(EXACT, average=partial(MovingAverage, 0.2), swap_at=1, resume_at=2),
+        "an average": replace(EXACT, average=partial(MovingAverage, 0.2), resume_at=2),
         "several couplings": replace(EXACT, shapes=(((100,),), ((7, 9),))),
         "bf16 parameters": replace(EXACT, dtype=torch.bfloat16),
         "one replica": replace(EXACT, replicas=1),
