@@ -17,6 +17,7 @@ else:
 __all__ = ["AllgatherOptions", "Group", "PrefixStore", "Store", "TCPStore", "Work", "broadcast_bytes", "new_group"]
 
 _MESSAGE_BYTES = 4 << 20
+_GRACE = timedelta(seconds=30)
 
 
 class Work(Protocol):
@@ -72,8 +73,14 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
     c10d: Any = dist
     group: Group
     if device.type == "cuda":
+        if not hasattr(c10d, "ProcessGroupNCCL"):
+            raise RuntimeError(
+                "replicas on CUDA devices exchange through NCCL, and this torch was built without it (on Windows all "
+                "are): train on the CPU, or with a build that torch.distributed.is_nccl_available() says yes to"
+            )
         options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        # NCCL's own watch ends the process; so it comes after ours, which says what was waited for.
+        options._timeout = timeout + _GRACE
         group = c10d.ProcessGroupNCCL(store, rank, size, options)
     else:
         group = c10d.ProcessGroupGloo(store, rank, size, timeout)

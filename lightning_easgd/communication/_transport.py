@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ __all__ = [
     "TransportError",
     "check_open",
 ]
+
+
+_REMEDY = (
+    "it was kept out of the center. Lower the learning rate or clip gradients, or let such a replica start again from "
+    "the center with on_nonfinite='reset'"
+)
 
 
 class TransportError(RuntimeError):
@@ -155,6 +161,15 @@ class OpenCenter(ABC):
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         """Reads the center and adds to it as one. See ``Center.exchange``; raises like ``push``."""
 
+    def announce_late(self, first: int, numbers: Tensor) -> None:
+        """Announces numbers that are on the center's device, with the next push or abstention.
+
+        Args:
+            first: the slot of the first of them.
+            numbers: (n,) the host does not read them where the center is on a device. Not written to afterwards.
+        """
+        self.announcement[first : first + numbers.numel()] = numbers
+
     @abstractmethod
     def abstain(self) -> None:
         """Sends the slots as with ``push`` without adding anything; a synchronous center takes this replica's turn."""
@@ -197,10 +212,14 @@ class OpenCenter(ABC):
         if not (math.isfinite(float(delta.sum())) or bool(torch.isfinite(delta).all())):
             bad = int((~torch.isfinite(delta)).sum())
             raise NonFiniteDeltaError(
-                f"replica {self.replica}: {bad} of {delta.numel()} numbers in its delta are not finite; it was kept "
-                "out of the center. Lower the learning rate or clip gradients, or let such a replica start again from "
-                "the center with on_nonfinite='reset'"
+                f"replica {self.replica}: {bad} of {delta.numel()} numbers in its delta are not finite; {_REMEDY}"
             )
+
+    def _refuse_late(self) -> NoReturn:
+        """Raises ``NonFiniteDeltaError`` for the delta of the exchange before, as a device has found it."""
+        raise NonFiniteDeltaError(
+            f"replica {self.replica}: not all numbers in its delta of the exchange before were finite; {_REMEDY}"
+        )
 
 
 class Transport(ABC):

@@ -229,7 +229,10 @@ class Collectives(Protocol):
 
 
 class Lane(ABC):
-    """The way of one chunk at a time: ``launch``, ``relay``, ``finish``, in this order and on all ranks alike."""
+    """The way of one chunk at a time: ``launch``, ``relay``, ``finish``, in this order and on all ranks alike.
+
+    The timeout that a lane is made with bounds each wait; None on a device, where its stream waits and not the host.
+    """
 
     @abstractmethod
     def launch(self, chunk: Chunk, delta: Tensor | None, scale: float, *, in_place: bool) -> None:
@@ -243,12 +246,8 @@ class Lane(ABC):
         """
 
     @abstractmethod
-    def relay(self, *, any_delta: bool) -> None:
-        """Waits for the first half of the way and starts the second, where there are two; on all ranks alike.
-
-        Args:
-            any_delta: whether the sum will be used, so that what it owes may go with it.
-        """
+    def relay(self) -> None:
+        """Waits for the first half of the way and starts the second, where there are two; on all ranks alike."""
 
     @abstractmethod
     def finish(self) -> Tensor:
@@ -258,7 +257,7 @@ class Lane(ABC):
 class ExactLane(Lane):
     """The group's all-reduce, in the center's dtype."""
 
-    def __init__(self, group: Collectives, largest: int, like: Tensor, timeout: timedelta) -> None:
+    def __init__(self, group: Collectives, largest: int, like: Tensor, timeout: timedelta | None) -> None:
         self._group, self._timeout = group, timeout
         self._memory = like.new_empty(largest)
         self._message = self._memory
@@ -277,8 +276,8 @@ class ExactLane(Lane):
                     torch.mul(part, scale, out=target)
         self._work = self._group.allreduce([self._message])
 
-    def relay(self, *, any_delta: bool) -> None:
-        del any_delta
+    def relay(self) -> None:
+        pass
 
     def finish(self) -> Tensor:
         _wait(self._work, self._timeout)
@@ -293,7 +292,14 @@ class RoundingLane(Lane):
     """
 
     def __init__(
-        self, group: Collectives, rank: int, size: int, layout: Layout, codec: Codec, errors: Errors, timeout: timedelta
+        self,
+        group: Collectives,
+        rank: int,
+        size: int,
+        layout: Layout,
+        codec: Codec,
+        errors: Errors,
+        timeout: timedelta | None,
     ) -> None:
         self._group, self._rank, self._size, self._timeout = group, rank, size, timeout
         self._layout, self._codec, self._errors = layout, codec, errors
@@ -324,20 +330,19 @@ class RoundingLane(Lane):
         else:
             self._work = self._group.alltoall_base(received.view(-1), sent.view(-1), [], [])
 
-    def relay(self, *, any_delta: bool) -> None:
+    def relay(self) -> None:
         if self._size == 2:
             return
         _wait(self._work, self._timeout)
         start, _, part = self._chunk
         sent, received = self._messages()
-        if any_delta:
-            total = self._errors.summed[start // self._size :][:part]
-            term = self._term[:part]
-            for code in received:
-                self._codec.decode(code, term)
-                _add(total, term)
-            self._codec.encode_(total, sent[0])
-            sent[1:] = sent[0]
+        total = self._errors.summed[start // self._size :][:part]
+        term = self._term[:part]
+        for code in received:
+            self._codec.decode(code, term)
+            _add(total, term)
+        self._codec.encode_(total, sent[0])
+        sent[1:] = sent[0]
         self._work = self._group.alltoall_base(received.view(-1), sent.view(-1), [], [])
 
     def finish(self) -> Tensor:
@@ -375,6 +380,9 @@ def _add(total: Tensor, term: Tensor) -> None:
         a.add_(b)
 
 
-def _wait(work: Work | None, timeout: timedelta) -> None:
+def _wait(work: Work | None, timeout: timedelta | None) -> None:
     assert work is not None
-    work.wait(timeout)
+    if timeout is None:
+        work.wait()
+    else:
+        work.wait(timeout)

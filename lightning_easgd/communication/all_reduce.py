@@ -8,6 +8,11 @@ A thread of the center's sums chunk by chunk, and writes the new center beside t
 that it has sent; when all is there, the two change places. So the old center is whole until the new one is, and two
 vectors are enough, if the algorithm writes what it exchanges into the one that the center lends (``borrow``).
 
+On a CUDA device all of this is asynchronous by itself, so that the caller's thread enqueues it and there is no other.
+
+An exchange begins with a header: how many deltas there are, and the slots. Where all replicas only say that they are
+there, nothing follows it. Who abstains waits for it; who adds something knows what follows, and does not.
+
 Replicas that are all on one host keep these two vectors in memory that they share. Their all-reduces carry no vector
 then: the first says that all deltas are there, the second that all parts of the new center are, the third that they
 have been read.
@@ -16,8 +21,8 @@ have been read.
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, Work, new_group
+from lightning_easgd.communication._line import Place, await_event, finite_or_zero_, new_event, new_stream
 from lightning_easgd.communication._shared_vectors import SharedVectors
 from lightning_easgd.communication._transport import (
     Completed,
@@ -53,6 +59,8 @@ __all__ = ["AllReduce"]
 
 # Bytes of a chunk, in the center's dtype. On the CPU small enough for the cache; on a device each launch has its price.
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+_LEAD = 2  # numbers before the slots in a device's header
+_NUM_TIMED = 8  # exchanges whose times are yet to be read from the device
 _NUM_LANES = 4  # chunks that are under way at once, and may be before a lent vector is given back
 
 
@@ -63,9 +71,14 @@ class AllReduce(Transport):
     as ``num_replicas`` additions. All copies stay bit-identical, since a sum is computed once and then distributed, or
     by the same operations everywhere.
 
-    Memory: the center, a second vector of its size, some megabytes for messages, and what the rule remembers; with a
-    wire other than float32 also the rounding errors, ``1 + 1/num_replicas`` vectors (with two replicas one). Where
-    memory is shared, the first two are counted as such by the system (``top``'s SHR).
+    Memory: the center, a second vector of its size, messages (on the CPU 4 MiB, on a device 64 MiB, and up to 200 MB
+    with a wire other than float32), and what the rule remembers; with a wire other than float32 also the rounding
+    errors, ``1 + 1/num_replicas`` vectors (with two replicas one). A look at the center between an exchange's begin and
+    its end costs a vector more. Where memory is shared, the first two are counted as such by the system (``top``'s
+    SHR).
+
+    On a device a delta that is not finite is found there, and is taken for zeros: it never enters the center. Its
+    replica's next operation raises ``NonFiniteDeltaError``; on the CPU the exchange itself does.
 
     Args:
         wire: what numbers travel as: ``"float32"`` (the center's own dtype), ``"bfloat16"``, half as many bytes, or
@@ -101,11 +114,25 @@ class AllReduce(Transport):
         store: Store,
         timeout: timedelta,
         num_slots: int = 0,
+        place: Place | None = None,
     ) -> OpenCenter:
-        """Opens the center; see ``Transport.open``."""
+        """Opens the center; see ``Transport.open``.
+
+        Args:
+            initial: see there, like all others.
+            replica: see there.
+            num_replicas: see there.
+            rule: see there.
+            store: see there.
+            timeout: see there.
+            num_slots: see there.
+            place: on a CUDA device, where several centers share a communicator: this one's place among them, the same
+                on all replicas. Default: a communicator of its own.
+        """
         check_open(self, initial, replica, num_replicas, rule)
-        return _ReplicatedCenter(
-            initial, replica, num_replicas, rule, store, timeout, num_slots, self.wire, self.shared_memory
+        kind = _DeviceCenter if initial.is_cuda else _ReplicatedCenter
+        return kind(
+            initial, replica, num_replicas, rule, store, timeout, num_slots, self.wire, self.shared_memory, place
         )
 
     def __repr__(self) -> str:
@@ -150,42 +177,50 @@ class _Flight:
     """An exchange from its launch to its end, as the caller's thread and the center's both see it.
 
     Attributes:
+        adds: whether this replica adds a delta.
+        lent: what a caller may still read, and that is in the center's memory; None where nothing is.
         released: set when the delta's memory may be overwritten.
         cancelled: whether it is given up; set before ``released``.
         error: what ended it too early.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, *, adds: bool) -> None:
+        self.adds = adds
+        self.lent: Tensor | None = None
         self.released = threading.Event()
         self.cancelled = False
         self.error: Exception | None = None
         self.launched_at = time.perf_counter()
         self.completed_at = math.inf
         self.thread: threading.Thread | None = None
-        # In the order of the caller's stream: the delta is there; its memory is free; and of ours: the new center is.
-        self.begun = self.free = self.arrived = None
-        if device.type == "cuda":
-            event: Callable[[], torch.cuda.Event] = torch.cuda.Event  # torch does not annotate its constructor
-            self.begun, self.free, self.arrived = event(), event(), event()
 
     @property
     def is_free(self) -> bool:
-        """Whether the delta's memory may be overwritten by now, by the host's clock and by the device's."""
-        free: Any = self.free  # its methods are not typed
-        return self.released.is_set() and (free is None or bool(free.query()))
+        """Whether the delta's memory may be overwritten by now."""
+        return self.released.is_set() and not self.cancelled
 
     def release(self) -> None:
-        if not self.released.is_set():
-            if self.free is not None:
-                self.free.record()
-            self.released.set()
+        """Lets the delta's memory be overwritten."""
+        self.released.set()
+
+    def keep(self) -> None:
+        """Gives the caller a copy of what it may still read, in the very tensor that it holds."""
+        lent, self.lent = self.lent, None
+        if lent is not None and not self.released.is_set():
+            with torch.no_grad():
+                lent.set_(lent.clone())  # type: ignore[call-overload]
 
 
 class _Lent:
-    """An exchange of the vector that the center lends."""
+    """An exchange of the vector that the center lends.
 
-    def __init__(self, delta: Tensor, flight: _Flight) -> None:
-        self._delta, self._flight = delta, flight
+    Args:
+        delta: (d,) what the caller may read until ``done``.
+        release: gives its memory back.
+    """
+
+    def __init__(self, delta: Tensor, release: Callable[[], None]) -> None:
+        self._delta, self._release = delta, release
 
     def wait(self) -> Tensor:
         """Returns the delta at once."""
@@ -193,7 +228,7 @@ class _Lent:
 
     def done(self) -> None:
         """Gives the delta's memory back."""
-        self._flight.release()
+        self._release()
 
 
 class _ReplicatedCenter(OpenCenter):
@@ -210,6 +245,7 @@ class _ReplicatedCenter(OpenCenter):
         num_slots: int,
         wire: Wire,
         shared_memory: bool,
+        place: Place | None,
     ) -> None:
         super().__init__(replica=replica, num_replicas=num_replicas, num_slots=num_slots, dtype=initial.dtype)
         self._rule = rule
@@ -221,27 +257,28 @@ class _ReplicatedCenter(OpenCenter):
         # Chunks of a rule without memory may be applied as they come: the old center stands until all have.
         self._by_chunks = not rule.num_vectors and not rule.synchronous_only
         # How many deltas there are in the sum, and the sum of the slots.
-        self._header = initial.new_empty(1 + num_slots)
+        self._header = self._new_header(initial, num_slots)
         self._flight: _Flight | None = None
         self._failed = False
-        stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream  # torch does not annotate it
-        self._stream = stream(initial.device) if initial.is_cuda else None
+        # The clocks after exchanges in which nobody added anything: they make no delta older.
+        self._idle: list[int] = []
         self._wire: Wire = "float32" if num_replicas == 1 else wire  # one replica sends nothing
         has_messages = num_replicas > 1 and initial.numel() > 0
         may_share = shared_memory and wire == "float32" and not initial.is_cuda and has_messages
         self._shared: SharedVectors | None = None
         self._token = torch.zeros(1)  # for all-reduces that say something by being complete
         try:
-            group = new_group(store, replica, num_replicas, initial.device, timeout)
+            group = place.group if place else new_group(store, replica, num_replicas, initial.device, timeout)
             if may_share:
-                place = PrefixStore("shared", store)
-                self._shared = SharedVectors.open(initial, place, replica, num_replicas, timeout)
+                where = PrefixStore("shared", store)
+                self._shared = SharedVectors.open(initial, where, replica, num_replicas, timeout)
             if self._shared is None:
                 self._value = initial.clone()
             else:
                 self._value, self._other = self._shared.own
                 self._value.copy_(initial)
-            group.broadcast(self._value, 0).wait(timeout)
+            if initial.numel() > 0:
+                group.broadcast(self._value, 0).wait(timeout)
         except RuntimeError as error:
             raise TransportError(
                 f"replica {replica} of {num_replicas} could not open the all-reduce center: {error}"
@@ -254,17 +291,22 @@ class _ReplicatedCenter(OpenCenter):
         payload = initial.numel() * initial.itemsize if codec is None else codec.size(self._layout.padded)
         payload = payload if self._shared is None else 2 * self._token.itemsize
         header = self._header.numel() * initial.itemsize
-        self._bytes_an_exchange = bytes_of_ring(num_replicas, payload + header)
+        self._bytes_of_header = bytes_of_ring(num_replicas, header)
+        self._bytes_of_payload = bytes_of_ring(num_replicas, payload + header) - self._bytes_of_header
         self._lanes: list[Lane] = []
+
+    def _new_header(self, initial: Tensor, num_slots: int) -> Tensor:
+        return initial.new_empty(1 + num_slots)
 
     def _new_lane(self) -> Lane:
         assert self._group is not None
         size, layout = self.num_replicas, self._layout
+        timeout = None if self._value.is_cuda else self._timeout
         if self._errors is None:
-            return ExactLane(self._group, size * layout.largest, self._value, self._timeout)
+            return ExactLane(self._group, size * layout.largest, self._value, timeout)
         codec = codec_of(self._wire, self._value)
         assert codec is not None
-        return RoundingLane(self._group, self.replica, size, layout, codec, self._errors, self._timeout)
+        return RoundingLane(self._group, self.replica, size, layout, codec, self._errors, timeout)
 
     @property
     def value(self) -> Tensor:
@@ -287,6 +329,9 @@ class _ReplicatedCenter(OpenCenter):
         """Completes what is outstanding and lends (d,) memory for the x of the next exchange. See ``Center.borrow``."""
         self._require_open()
         self.drain()
+        return self._message()[:]  # a tensor of the caller's own, on the same memory
+
+    def _message(self) -> Tensor:
         if self._other is None:
             with torch.inference_mode(False):  # the thread, which writes it, is outside of the caller's mode
                 self._other = torch.empty_like(self._value)
@@ -310,10 +355,14 @@ class _ReplicatedCenter(OpenCenter):
             self._copy(x, snapshot.clock, scale, look=False)
             self._launch(self._other, 1.0, free=True)
             return Completed(x)
-        return _Lent(x, self._launch(x, scale * self._rule.weight(0), free=False))
+        flight = self._launch(self._other, scale * self._rule.weight(0), free=False)
+        flight.lent = x
+        return _Lent(x, flight.release)
 
     def abstain(self) -> None:
-        self.borrow()
+        self._require_open()
+        self.drain()
+        self._message()
         self._launch(None, 1.0, free=True)
 
     def _copy(self, delta: Tensor, read_at: int, scale: float, *, look: bool) -> float:
@@ -322,9 +371,12 @@ class _ReplicatedCenter(OpenCenter):
         Returns:
             The sum of its numbers if asked to ``look``, which is finite only if all numbers are; else 0.
         """
-        message = self.borrow()
+        self.drain()
+        message = self._message()
         # All replicas add at once, so a delta is as old as the exchange before this one: the weight is everyone's.
-        factor, total = scale * self._rule.weight(self._clock - read_at), 0.0
+        self._idle = [clock for clock in self._idle if clock > read_at]
+        staleness = self._clock - read_at - self.num_replicas * len(self._idle)
+        factor, total = scale * self._rule.weight(staleness), 0.0
         for part, target in blocks(delta, message):
             target.copy_(part) if factor == 1 else torch.mul(part, factor, out=target)
             total += float(part.sum()) if look else 0.0
@@ -342,61 +394,62 @@ class _ReplicatedCenter(OpenCenter):
     def _launch(self, delta: Tensor | None, scale: float, *, free: bool) -> _Flight:
         self._header[0] = 0 if delta is None else 1
         self._header[1:].copy_(self.announcement)
-        flight = self._flight = _Flight(self._value.device)
-        if flight.begun is not None:
-            flight.begun.record(torch.cuda.current_stream(self._value.device))  # the thread's device may be another
+        flight = self._flight = _Flight(adds=delta is not None)
         if free:
             flight.release()
         flight.thread = threading.Thread(target=self._fly, args=(flight, delta, scale), name="all-reduce", daemon=True)
         flight.thread.start()
-        self.traffic.bytes_sent += self._bytes_an_exchange
-        self.traffic.exchanges += delta is not None
+        self._count_launch(adds=flight.adds)
         return flight
+
+    def _count_launch(self, *, adds: bool) -> None:
+        self.traffic.bytes_sent += self._bytes_of_header + (self._bytes_of_payload if adds else 0)
+        self.traffic.exchanges += adds
 
     # --- in the thread of an exchange -------------------------------------------------------------------------------
 
     def _fly(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
         try:
-            stream = self._stream
-            if stream is not None:
-                torch.cuda.set_device(self._value.device)  # a thread begins with device 0
-            context: AbstractContextManager[Any] = nullcontext() if stream is None else torch.cuda.stream(stream)
-            with torch.no_grad(), context:
-                if stream is not None and flight.begun is not None:
-                    stream.wait_event(flight.begun)
+            with torch.no_grad():
                 if self._shared is None:
                     self._sum(flight, delta, scale)
                 else:
                     self._sum_in_memory(self._shared, flight, delta, scale)
-                if flight.arrived is not None:
-                    flight.arrived.record()
         except Exception as error:
             flight.error = error  # raised by ``drain``
         finally:
             flight.completed_at = time.perf_counter()
 
     def _sum(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
-        """Sums header and chunks over the replicas; the order of operations is the same in all of them."""
+        """Sums header and chunks over the replicas; the order of operations is the same in all of them.
+
+        Chunks follow the header where anyone adds something. Who adds knows that, and does not wait for the header.
+        """
         assert self._group is not None
-        chunks, lanes = self._layout.chunks, self._lanes
-        while len(lanes) < min(_NUM_LANES, len(chunks)):
-            lanes.append(self._new_lane())
+        chunks, lanes = self._layout.chunks, self._ready_lanes()
         heading = self._group.allreduce([self._header])
-        any_delta = False
+        if delta is None:
+            heading.wait(self._timeout)
+            if self._header[0] == 0:
+                return
         for i in range(len(chunks) + 1):
             if i < len(chunks):
                 lane, chunk = lanes[i % len(lanes)], chunks[i]
                 if i >= len(lanes):
-                    self._settle(flight, chunks[i - len(lanes)], lane.finish(), any_delta)
+                    self._settle(flight, chunks[i - len(lanes)], lane.finish())
                 part = None if delta is None else delta[chunk[0] : chunk[1]]
                 lane.launch(chunk, part, scale, in_place=flight.is_free)
             if i == 0:
                 heading.wait(self._timeout)
-                any_delta = bool(self._header[0] > 0)
             else:
-                lanes[(i - 1) % len(lanes)].relay(any_delta=any_delta)
+                lanes[(i - 1) % len(lanes)].relay()
         for i in range(len(chunks) - len(lanes), len(chunks)):
-            self._settle(flight, chunks[i], lanes[i % len(lanes)].finish(), any_delta)
+            self._settle(flight, chunks[i], lanes[i % len(lanes)].finish())
+
+    def _ready_lanes(self) -> list[Lane]:
+        while len(self._lanes) < min(_NUM_LANES, len(self._layout.chunks)):
+            self._lanes.append(self._new_lane())
+        return self._lanes
 
     def _sum_in_memory(self, shared: SharedVectors, flight: _Flight, delta: Tensor | None, scale: float) -> None:
         """The same without messages: each replica makes one part of the new center, or of the sum."""
@@ -419,13 +472,12 @@ class _ReplicatedCenter(OpenCenter):
         if flight.cancelled:
             raise RuntimeError("it was given up")
 
-    def _settle(self, flight: _Flight, chunk: Chunk, total: Tensor, any_delta: bool) -> None:
+    def _settle(self, flight: _Flight, chunk: Chunk, total: Tensor) -> None:
         """Writes the new center's chunk, or the sum's, over the delta's, once that is no longer needed."""
         self._await_release(flight)
-        if self._stream is not None and flight.free is not None:
-            self._stream.wait_event(flight.free)
-        if not any_delta:
-            return
+        self._write(chunk, total)
+
+    def _write(self, chunk: Chunk, total: Tensor) -> None:
         assert self._other is not None
         start, stop, _ = chunk
         for new, old, part in blocks(self._other[start:stop], self._value[start:stop], total):
@@ -441,8 +493,8 @@ class _ReplicatedCenter(OpenCenter):
         if flight is None:
             return
         assert flight.thread is not None
-        assert self._other is not None
         began = time.perf_counter()
+        flight.keep()
         flight.release()
         # The operations' own timeout says more, so it may come first.
         flight.thread.join(self._timeout.total_seconds() + 1 if timeout is None else timeout.total_seconds())
@@ -453,19 +505,31 @@ class _ReplicatedCenter(OpenCenter):
                 f"{began - flight.launched_at:.1f} s ago did not complete and was not applied: "
                 f"{flight.error or 'the time is out'}"
             ) from flight.error
-        if flight.arrived is not None:
-            torch.cuda.current_stream(self._value.device).wait_event(flight.arrived)
         ended = time.perf_counter()
         self.traffic.exposed_s += ended - began
         self.traffic.hidden_s += max(0.0, min(flight.completed_at, began) - flight.launched_at)
-        if self._header[0] > 0:  # where all abstain, a rule with momentum must not take it for a step of zero
-            if self._by_chunks:
-                self._value, self._other = self._other, self._value
-            else:
-                self._rule.apply_(self._value, self._other, *self._memory)
-        self.announced.copy_(self._header[1:])
+        num_deltas = int(self._header[0])
+        if num_deltas > 0:  # where all abstain, a rule with momentum must not take it for a step of zero
+            self._take_sum()
+        self._note(self._header[1:], num_deltas, num_deltas, adds=flight.adds)
+
+    def _take_sum(self) -> None:
+        """Makes the new center of what an exchange has left beside the old one."""
+        assert self._other is not None
+        if self._by_chunks:
+            self._value, self._other = self._other, self._value
+        else:
+            self._rule.apply_(self._value, self._other, *self._memory)
+
+    def _note(self, slots: Tensor, num_deltas: int, num_messages: int, *, adds: bool) -> None:
+        """Counts an exchange and takes over its slots."""
+        self.announced.copy_(slots)
         self._clock += self.num_replicas
-        self._additions += int(self._header[0])
+        self._additions += num_deltas
+        if num_messages == 0:
+            self._idle.append(self._clock)
+        elif not adds:
+            self.traffic.bytes_sent += self._bytes_of_payload
 
     def lost(self) -> list[int]:
         return []  # the exchange that misses one raises
@@ -474,6 +538,7 @@ class _ReplicatedCenter(OpenCenter):
         return {
             "clock": self._clock,
             "additions": self._additions,
+            "idle": list(self._idle),
             "rule": self._rule.state_dict(),
             "memory": [vector.clone() for vector in self._memory],
             "rounding": None if self._errors is None else self._errors.state_dict(),
@@ -483,6 +548,7 @@ class _ReplicatedCenter(OpenCenter):
     def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
         self._value.copy_(value)
         self._clock, self._additions = int(state["clock"]), int(state["additions"])
+        self._idle = list(state.get("idle", ()))
         self._rule.load_state_dict(state["rule"])
         for vector, saved in zip(self._memory, state["memory"], strict=True):
             vector.copy_(saved)
@@ -502,3 +568,249 @@ class _ReplicatedCenter(OpenCenter):
         self._value = self._value.new_empty(0)
         self._other, self._errors, self._shared = None, None, None
         self._memory, self._lanes = [], []
+
+
+class _Launch:
+    """An exchange on a device, from its launch to its end, as its center's thread sees it.
+
+    Attributes:
+        delta: (d,) what this replica adds; None for an abstention.
+        scale: its factor.
+        is_lent: whether a caller may still read it.
+        in_place: whether its memory may be used for sums, in the order of the streams.
+        is_enqueued: whether all of it is.
+        is_heard: whether the host has waited for its header.
+        kept: what the device may still read.
+    """
+
+    def __init__(self, delta: Tensor | None, scale: float, *, is_lent: bool) -> None:
+        self.delta, self.scale, self.is_lent, self.in_place = delta, scale, is_lent, not is_lent
+        self.is_enqueued = self.is_heard = False
+        self.kept: list[Tensor] = []
+        # In the order of the caller's stream: the delta is there; its end is asked for. In ours: header and center are.
+        self.begun, self.asked = new_event(timed=True), new_event(timed=True)
+        self.heard, self.arrived = new_event(), new_event(timed=True)
+
+
+class _DeviceCenter(_ReplicatedCenter):
+    """The center on a CUDA device. Everything is enqueued by the caller's thread, on a stream beside the caller's.
+
+    So all replicas' operations have one order, the program's, and the host waits for the device once an exchange: for
+    the header of the one before, where what has been announced stands.
+
+    Whether a delta is finite is seen on the device. One that is not is taken for zeros, so that it never enters the
+    center; its replica raises at its next operation.
+    """
+
+    def __init__(
+        self,
+        initial: Tensor,
+        replica: int,
+        num_replicas: int,
+        rule: CenterRule,
+        store: Store,
+        timeout: timedelta,
+        num_slots: int,
+        wire: Wire,
+        shared_memory: bool,
+        place: Place | None,
+    ) -> None:
+        self._stream = new_stream(initial.device) if place is None else place.line.stream
+        self._place = place
+        self._launched: _Launch | None = None
+        self._late: tuple[int, Tensor] | None = None
+        self._timed: deque[_Launch] = deque(maxlen=_NUM_TIMED)
+        self._is_refused = False
+        super().__init__(initial, replica, num_replicas, rule, store, timeout, num_slots, wire, shared_memory, place)
+
+    def _new_header(self, initial: Tensor, num_slots: int) -> Tensor:
+        # How many replicas send a vector, how many of these are finite, and the slots; behind them, not summed: whether
+        # this replica's is.
+        self._numbers = initial.new_empty(_LEAD + num_slots + 1)
+        self._outgoing, self._heard = (
+            torch.zeros(self._numbers.numel(), dtype=initial.dtype, pin_memory=True) for _ in range(2)
+        )
+        return self._numbers[:-1]
+
+    def announce_late(self, first: int, numbers: Tensor) -> None:
+        self._late = (first, numbers)
+
+    def borrow(self) -> Tensor:
+        message = super().borrow()
+        self._raise_if_refused()
+        return message
+
+    def push(self, delta: Tensor, *, read_at: int) -> None:
+        self._require_open()
+        self.drain()
+        self._raise_if_refused()
+        self._copy(delta, read_at, 1.0, look=False)
+        message = self._message()
+        self._enqueue(message, 1.0, is_lent=False, finite=_finite(message))
+
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        snapshot = self.pull()
+        self._raise_if_refused()
+        delta(x, snapshot.value)
+        finite = _finite(x)
+        if self._other is None or x.data_ptr() != self._other.data_ptr():
+            self._copy(x, snapshot.clock, scale, look=False)
+            self._enqueue(self._message(), 1.0, is_lent=False, finite=finite)
+            return Completed(x)
+        launch = self._enqueue(self._other, scale * self._rule.weight(0), is_lent=True, finite=finite)
+        return _Lent(x, lambda: self._give_back(launch))
+
+    def abstain(self) -> None:
+        self._require_open()
+        self.drain()
+        self._raise_if_refused()
+        self._message()
+        self._enqueue(None, 1.0, is_lent=False, finite=None)
+
+    def _raise_if_refused(self) -> None:
+        refused, self._is_refused = self._is_refused, False
+        if refused:
+            self._refuse_late()
+
+    def _enqueue(self, delta: Tensor | None, scale: float, *, is_lent: bool, finite: Tensor | None) -> _Launch:
+        """Starts an exchange; of an abstention the header alone, since what follows it depends on the others'."""
+        assert self._group is not None
+        if self._place is not None:
+            self._place.begin(self)
+        self._outgoing.fill_(0 if delta is None else 1)
+        self._outgoing[_LEAD:-1].copy_(self.announcement)
+        launch = self._launched = _Launch(delta, scale, is_lent=is_lent)
+        stream = self._stream
+        _record(launch.begun, torch.cuda.current_stream(self._value.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            stream.wait_event(launch.begun)
+            self._numbers.copy_(self._outgoing, non_blocking=True)
+            if finite is not None:
+                launch.kept.append(finite)
+                self._numbers[1:2].copy_(finite)
+                self._numbers[-1:].copy_(finite)
+            late, self._late = self._late, None
+            if late is not None:
+                first, numbers = late
+                launch.kept.append(numbers)
+                self._numbers[_LEAD + first :][: numbers.numel()].copy_(numbers)
+            heading = self._group.allreduce([self._header])
+            if delta is not None:
+                for chunk, lane in zip(self._layout.chunks, self._ready_lanes(), strict=False):
+                    self._launch_chunk(launch, lane, chunk)
+            heading.wait()
+            self._heard.copy_(self._numbers, non_blocking=True)
+            _record(launch.heard, stream)
+        self._count_launch(adds=delta is not None)
+        if delta is not None and not is_lent:
+            self.enqueue_rest()
+        return launch
+
+    def _launch_chunk(self, launch: _Launch, lane: Lane, chunk: Chunk) -> None:
+        part = None if launch.delta is None else launch.delta[chunk[0] : chunk[1]]
+        lane.launch(chunk, part, launch.scale, in_place=launch.in_place)
+        lane.relay()
+
+    def _give_back(self, launch: _Launch) -> None:
+        if launch is self._launched and launch.is_lent:
+            launch.is_lent, launch.in_place = False, True
+            self.enqueue_rest()
+
+    def enqueue_rest(self) -> None:
+        """Enqueues what is left of the exchange that has begun; for an abstention the host waits for its header."""
+        launch = self._launched
+        if launch is None or launch.is_enqueued:
+            return
+        if launch.is_lent:  # its holder keeps the vector: the center takes another
+            launch.is_lent = False
+            self._other = torch.empty_like(self._value)
+        lanes, chunks = self._ready_lanes(), self._layout.chunks
+        if launch.delta is None:
+            self._hear(launch, self._timeout)
+            if self._heard[0] == 0:
+                chunks = []
+        launch.is_enqueued = True
+        stream, given = self._stream, new_event()
+        _record(given, torch.cuda.current_stream(self._value.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            stream.wait_event(given)
+            if launch.delta is None:
+                for chunk, lane in zip(chunks, lanes, strict=False):
+                    self._launch_chunk(launch, lane, chunk)
+            for i, chunk in enumerate(chunks):
+                lane = lanes[i % len(lanes)]
+                self._write(chunk, lane.finish())
+                if i + len(lanes) < len(chunks):
+                    self._launch_chunk(launch, lane, chunks[i + len(lanes)])
+            _record(launch.arrived, stream)
+
+    def _hear(self, launch: _Launch, timeout: timedelta) -> None:
+        if not launch.is_heard:
+            await_event(launch.heard, timeout)
+            launch.is_heard = True
+
+    def drain(self, timeout: timedelta | None = None) -> None:
+        launch = self._launched
+        if launch is None:
+            return
+        began = time.perf_counter()
+        try:
+            if launch.delta is None:
+                self._hear(launch, self._timeout if timeout is None else timeout)
+            self.enqueue_rest()
+            self._hear(launch, self._timeout if timeout is None else timeout)
+            if timeout is not None:  # asked for with little time: not even the device may be left waiting
+                await_event(launch.arrived, timeout)
+        except RuntimeError as error:
+            self._launched, self._failed = None, True
+            if self._group is not None:
+                self._group.revoke()  # before NCCL's own watch ends the process
+            raise TransportError(
+                f"replica {self.replica} of {self.num_replicas}: an all-reduce did not complete and was not applied: "
+                f"{error}"
+            ) from error
+        self._launched = None
+        self.traffic.exposed_s += time.perf_counter() - began
+        caller = torch.cuda.current_stream(self._value.device)
+        _record(launch.asked, caller)
+        caller.wait_event(launch.arrived)
+        launch.delta = None
+        self._timed.append(launch)
+        self._measure()
+        heard = self._heard
+        if heard[0] > 0:
+            self._take_sum()
+        self._is_refused = self._is_refused or not heard[-1] > 0
+        self._note(heard[_LEAD:-1], int(heard[1]), int(heard[0]), adds=bool(self._outgoing[0] > 0))
+
+    def _measure(self) -> None:
+        """Takes in the times of exchanges that are over on the device by now."""
+        while self._timed:
+            first: Any = self._timed[0]  # its events' methods are not annotated
+            if not (first.asked.query() and first.arrived.query()):
+                break
+            self._timed.popleft()
+            took_s, waited_s = (
+                first.begun.elapsed_time(first.arrived) / 1e3,
+                first.asked.elapsed_time(first.arrived) / 1e3,
+            )
+            self.traffic.exposed_s += max(0.0, waited_s)
+            self.traffic.hidden_s += max(0.0, took_s - max(0.0, waited_s))
+
+    def close(self) -> None:
+        launch, self._launched = self._launched, None
+        group = self._group
+        if self._place is not None:
+            self._place.forget(self)
+        if group is not None and launch is not None:
+            group.revoke()
+        self._timed.clear()
+        super().close()
+
+
+def _finite(vector: Tensor) -> Tensor | None:
+    return finite_or_zero_(vector) if vector.numel() > 0 else None
+
+
+def _record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+    event.record(stream)
