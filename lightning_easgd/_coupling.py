@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -13,18 +13,23 @@ from torch import Tensor
 from lightning_easgd.algorithms import Algorithm, Exchange, Snapshot
 from lightning_easgd.averages import CenterAverage
 from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter
+from lightning_easgd.communication._line import Line
 from lightning_easgd.flatten import ParameterVector
 
-__all__ = ["DONE", "END", "STOP", "Coupling", "Passage", "Report", "num_slots"]
+__all__ = ["Coupling", "Passage", "Report", "num_slots", "settle_in_line"]
 
 # The slots of an exchange: three votes, then the figures of each replica's report, in FIGURES' order.
 STOP, DONE, END = 0, 1, 2
+_PART = 1 << 24  # numbers of a vector on a device that are measured at a time
 _VOTES = 3
+# Those from the second on stay on a device until an exchange has brought them to all: the host does not wait for them.
+_LATE = ("distance", "force", "update", "center_norm")
 FIGURES = (
     "present",
     "distance",
     "force",
     "update",
+    "center_norm",
     "exposed_s",
     "hidden_s",
     "wait_s",
@@ -147,8 +152,9 @@ class Coupling:
         self.report_every = 0
         self.reports: deque[Report] = deque(maxlen=256)
         self._at = 0
-        self._measured: dict[str, float] | None = None  # this replica's figures, not yet announced
-        self._announced: dict[str, float] | None = None  # those that are in the slots now
+        self._measured: dict[str, Any] | None = None  # this replica's figures, not yet announced
+        self._announced: dict[str, Any] | None = None  # those that are in the slots now
+        self._recover: Callable[[], None] | None = None  # as the last step was told
         self._last_seen = (0, time.monotonic())  # the center's clock at this replica's last measurement, and when
         self._snapshot: Snapshot | None = None  # what the algorithm pulled last, maybe some steps ago
         self._stash: list[Tensor] | None = None
@@ -198,7 +204,7 @@ class Coupling:
                 let ``NonFiniteDeltaError`` through instead.
             at: what a report of this step is marked with.
         """
-        self._at = at
+        self._at, self._recover = at, recover
         is_ending = self.algorithm.is_ending
         self.begin()
         called = False
@@ -209,7 +215,10 @@ class Coupling:
             if observed.measured is not None:
                 before = self.vector.read()
                 local_update()
-                observed.measured["update"] = self.vector.distance(before)
+                if self.measures_late:
+                    observed.measured["update"] = self.vector.distance_on_device(before)
+                else:
+                    observed.measured["update"] = self.vector.distance(before)
             else:
                 local_update()
             if self.turnstile is not None and is_ending:
@@ -222,11 +231,7 @@ class Coupling:
             if recover is None:
                 raise
             observed.measured = None
-            self.vector.write_(self.center.pull().value)
-            self.center.announcement[num_slots(self.center.num_replicas) :].zero_()
-            self.center.abstain()
-            recover()
-            self.algorithm.start(self.vector, _ObservedCenter(self))
+            self._start_again(recover, abstain=True)
             if not called:
                 local_update()
             self.algorithm.clock += 1
@@ -245,6 +250,21 @@ class Coupling:
         if term is not None and term.stiffness != 0:
             self.vector.add_proximal_gradient(term.stiffness, term.anchor)
 
+    def _start_again(self, recover: Callable[[], None], *, abstain: bool) -> None:
+        """Puts the replica on the center after its delta was refused."""
+        self._measured = None
+        self.vector.write_(self.center.pull().value)
+        self.center.announcement[num_slots(self.center.num_replicas) :].zero_()
+        if abstain:
+            self.center.abstain()
+        recover()
+        self.algorithm.start(self.vector, _ObservedCenter(self))
+
+    @property
+    def measures_late(self) -> bool:
+        """Whether figures stay on the device until an exchange has brought them to all replicas."""
+        return self.center.synchronous and self.vector.device.type == "cuda"
+
     def _costs(self, at: int) -> dict[str, float]:
         traffic, now = self.center.traffic, time.monotonic()
         before, then = self._last_seen
@@ -261,10 +281,24 @@ class Coupling:
 
     def abstain(self) -> None:
         """Takes part in one exchange without adding anything, saying that this replica is done. Blocks for it."""
+        self.begin_abstention()
+        self.drain()
+
+    def begin_abstention(self) -> None:
+        """Begins what ``abstain`` does; the next ``drain`` completes it. Blocks for an outstanding exchange.
+
+        Raises:
+            NonFiniteDeltaError: a device has found this replica's last delta not to be finite, and the last step was
+                not told how to recover.
+        """
         self.drain()
         self._announce(done=True)
-        self.center.abstain()
-        self.drain()
+        try:
+            self.center.abstain()
+        except NonFiniteDeltaError:
+            if self._recover is None:
+                raise
+            self._start_again(self._recover, abstain=True)
 
     def reset(self) -> None:
         """Puts the replica on the center, where the algorithm starts anew. Blocks for an outstanding exchange."""
@@ -321,6 +355,10 @@ class Coupling:
         if measured is not None:
             first = _VOTES + self.center.replica * len(FIGURES)
             self.center.announcement[first : first + len(FIGURES)] = _row(measured)
+            late = [measured.get(figure) for figure in _LATE]
+            if any(isinstance(figure, Tensor) for figure in late):
+                numbers = [f if isinstance(f, Tensor) else torch.zeros((), device=self.vector.device) for f in late]
+                self.center.announce_late(first + 1, torch.stack([n.to(self.center.announced.dtype) for n in numbers]))
 
     def _receive(self) -> None:
         """Reads the figures of all replicas from the exchange that was just completed."""
@@ -334,12 +372,15 @@ class Coupling:
         if not self.center.synchronous:  # whose slots may have been read before this replica's were written
             figures[self.center.replica] = _row(announced)
         present = figures[:, 0] > 0
-        own = {name: figures[present, i] for i, name in enumerate(FIGURES) if name != "present"}
+        own = {name: figures[present, i] for i, name in enumerate(FIGURES) if name not in ("present", "center_norm")}
+        center_norm = announced["center_norm"]
+        if isinstance(center_norm, Tensor):
+            center_norm = float(figures[self.center.replica, FIGURES.index("center_norm")])
         self.reports.append(
             Report(
                 exchange=int(announced["exchange"]),
                 at=int(announced["at"]),
-                center_norm=announced["center_norm"],
+                center_norm=center_norm,
                 bytes_sent=int(announced["bytes_sent"]),
                 clock=int(announced["clock"]),
                 additions_per_s=announced["additions_per_s"],
@@ -350,18 +391,18 @@ class Coupling:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns copies of what is private to this replica, and the center. Nothing may be outstanding."""
-        parameters, center = [p.detach().clone() for p in self.vector.parameters], self.center.value.clone()
+        """Returns CPU copies of what is private to this replica, and the center. Nothing may be outstanding."""
+        parameters, center = self.vector.parameters, self.center.value
         if self._holds_center and self._stash is None:  # the two have changed places
-            parameters = [v.clone() for v in self.vector.views(center)]
-            center = ParameterVector(self.vector.parameters, self.vector.dtype).read()
+            parameters = self.vector.views(center)
+            center = ParameterVector(self.vector.parameters, self.vector.dtype, self.vector.device).read()
         elif self._holds_center and self._stash is not None:
-            parameters = [p.clone() for p in self._stash]
+            parameters = self._stash
         return {
             "names": self.names,
-            "parameters": parameters,
-            "remainder": None if self.vector.remainder is None else self.vector.remainder.clone(),
-            "center": center,
+            "parameters": [_copied(p) for p in parameters],
+            "remainder": None if self.vector.remainder is None else _copied(self.vector.remainder),
+            "center": _copied(center),
             "center_state": self.center.state_dict(),
             "algorithm": self.algorithm.state_dict(),
             "told": self.center.announced[num_slots(self.center.num_replicas) :].clone(),
@@ -405,18 +446,23 @@ class Coupling:
             if self._stash is None:
                 self._trade()
             else:
-                torch._foreach_copy_(self.vector.parameters, self._stash)
+                torch._foreach_copy_(self._contents, self._stash)
                 self._stash = None
         elif self.average is None and all(p.dtype == self.vector.dtype for p in self.vector.parameters):
             self._trade()
         else:
             shown = self.center.value if self.average is None else self.average.value.to(self.vector.device)
             self._stash = [p.detach().clone() for p in self.vector.parameters]
-            torch._foreach_copy_(self.vector.parameters, self.vector.views(shown))
+            torch._foreach_copy_(self._contents, self.vector.views(shown))
         self._holds_center = not self._holds_center
 
+    @property
+    def _contents(self) -> list[Tensor]:
+        """The parameters' memory: a backward pass that is yet to come does not mind that it was changed meanwhile."""
+        return [p.data for p in self.vector.parameters]
+
     def _trade(self) -> None:
-        for p, c in zip(self.vector.parameters, self.vector.views(self.center.value), strict=True):
+        for p, c in zip(self._contents, self.vector.views(self.center.value), strict=True):
             kept = p.clone()
             p.copy_(c)
             c.copy_(kept)
@@ -429,7 +475,7 @@ class _ObservedCenter:
         self._coupling = coupling
         self.num_replicas = coupling.center.num_replicas
         self.replica = coupling.center.replica
-        self.measured: dict[str, float] | None = None
+        self.measured: dict[str, Any] | None = None
 
     def tell(self, numbers: Sequence[float]) -> None:
         size = self._coupling.algorithm.num_told
@@ -453,7 +499,13 @@ class _ObservedCenter:
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
         coupling, snapshot = self._coupling, self._coupling._snapshot
-        if self._is_wanted and snapshot is not None:
+        if self._is_wanted and snapshot is not None and coupling.measures_late:
+            self.measured = {
+                "distance": coupling.vector.distance_on_device(snapshot.value),
+                "force": _square(delta) ** 0.5,
+                "center_norm": _square(snapshot.value) ** 0.5,
+            }
+        elif self._is_wanted and snapshot is not None:
             self.measured = {
                 "distance": coupling.vector.distance(snapshot.value),
                 "force": float(torch.linalg.vector_norm(delta)),
@@ -474,13 +526,14 @@ class _ObservedCenter:
             coupling.center.measures_drift = False
             coupling._announce(done=False)
             return coupling.center.exchange(x, delta, scale=scale)
-        squares = {"distance": 0.0, "force": 0.0, "center_norm": 0.0}
+        squares: dict[str, Any] = {"distance": 0.0, "force": 0.0, "center_norm": 0.0}
+        read = _keep if coupling.measures_late else float
 
         def measured(x: Tensor, center: Tensor) -> None:  # chunk by chunk, while both are in the cache
-            squares["center_norm"] += _square(center)
-            squares["distance"] += _square(x - center)
+            squares["center_norm"] += read(_square(center))
+            squares["distance"] += read(_square(x, center))
             delta(x, center)
-            squares["force"] += scale**2 * _square(x)
+            squares["force"] += scale**2 * read(_square(x))
 
         coupling.center.measures_drift = True
         coupling._announce(done=False)
@@ -492,7 +545,7 @@ class _ObservedCenter:
 class _Measured:
     """An exchange whose figures are complete with it."""
 
-    def __init__(self, pending: Exchange, squares: dict[str, float], measured: dict[str, float]) -> None:
+    def __init__(self, pending: Exchange, squares: dict[str, Any], measured: dict[str, Any]) -> None:
         self._pending, self._squares, self._measured = pending, squares, measured
 
     def wait(self) -> Tensor:
@@ -504,9 +557,28 @@ class _Measured:
         self._pending.done()
 
 
-def _row(measured: dict[str, float]) -> Tensor:
+def settle_in_line(couplings: Sequence[Coupling], line: Line) -> None:
+    """Takes part in others' exchanges until all replicas are here, and completes what is outstanding. Blocks for them.
+
+    Args:
+        couplings: all that share the line, each at its index.
+        line: theirs.
+    """
+    for coupling in couplings:
+        coupling.drain()
+    while (index := line.ask()) is not None:
+        couplings[index].abstain()
+    with line.all_together():
+        for coupling in couplings:
+            coupling.begin_abstention()
+        for coupling in couplings:
+            coupling.drain()
+
+
+def _row(measured: dict[str, Any]) -> Tensor:
     """Returns a replica's figures in their order; those of algorithms that have no such thing are zero."""
-    return torch.tensor([measured.get(figure, 0.0) for figure in FIGURES])
+    figures = (measured.get(figure, 0.0) for figure in FIGURES)
+    return torch.tensor([0.0 if isinstance(figure, Tensor) else figure for figure in figures])
 
 
 def _on(device: torch.device, state: dict[str, Any]) -> dict[str, Any]:
@@ -514,5 +586,21 @@ def _on(device: torch.device, state: dict[str, Any]) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _square(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+def _copied(vector: Tensor) -> Tensor:
+    """Returns a copy on the CPU: on a device there may be no room for it."""
+    return vector.detach().to("cpu", copy=True)
+
+
+def _keep(figure: Tensor) -> Tensor:
+    return figure
+
+
+def _square(vector: Tensor, other: Tensor | None = None) -> Tensor:
+    """Returns the square, (), of the norm of a vector, or of its difference to another, in float64."""
+    if vector.device.type == "cpu":
+        return torch.linalg.vector_norm(vector if other is None else vector - other, dtype=torch.float64).square()
+    # In float64 from the start the norm would first make such a copy of the vector.
+    parts: Iterable[Tensor] = torch.split(vector, _PART)
+    if other is not None:
+        parts = (a - b for a, b in zip(parts, torch.split(other, _PART), strict=True))
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts]).double().square().sum()

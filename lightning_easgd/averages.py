@@ -98,7 +98,7 @@ class CenterAverage(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what must survive a restart: clock and average, as plain numbers and tensors."""
-        return {"clock": self.clock, "value": None if self._value is None else self._value.clone()}
+        return {"clock": self.clock, "value": None if self._value is None else self._value.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned. The average may be on another device than the center."""

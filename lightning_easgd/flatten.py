@@ -153,12 +153,17 @@ class ParameterVector:
     @torch.no_grad()
     def distance(self, value: Tensor) -> float:
         """Returns the Euclidean norm of the vector minus ``value`` (d,); never a second vector in memory."""
+        return float(self.distance_on_device(value))
+
+    @torch.no_grad()
+    def distance_on_device(self, value: Tensor) -> Tensor:
+        """Returns what ``distance`` does as a tensor, (), on the vector's device, for which the host does not wait."""
         remainders = dict(zip(self._narrow, self._remainders(), strict=True)) if self.remainder is not None else {}
         norms = []
         for i, (p, v) in enumerate(zip(self.parameters, self.views(value), strict=True)):
             difference = p.to(self.dtype) - v
             norms.append(torch.linalg.vector_norm(difference + remainders[i] if i in remainders else difference))
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
 
     def _remainders(self) -> list[Tensor]:
         assert self.remainder is not None

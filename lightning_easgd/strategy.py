@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd._buffers import CenterBuffers
-from lightning_easgd._coupling import Coupling, Passage, num_slots
+from lightning_easgd._coupling import Coupling, Passage, num_slots, settle_in_line
 from lightning_easgd._dynamic import DynamicData
 from lightning_easgd._fragments import by_fragment, first_clock, refuse_fragments, step_fragments
 from lightning_easgd._free_running import (
@@ -52,6 +52,7 @@ from lightning_easgd.averages import CenterAverage
 from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, rng_state, set_rng_state
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
+from lightning_easgd.communication._line import Line
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
@@ -255,6 +256,7 @@ class ElasticStrategy(_DDPStrategy):
         self._stopped_together = False
         self._report_every = 0
         self._generation = 0
+        self._line: Line | None = None  # what the couplings' centers share on CUDA devices
         self._resumption = Resumption()
         super().__init__(
             accelerator=accelerator,
@@ -488,9 +490,11 @@ class ElasticStrategy(_DDPStrategy):
                     f"EASGDStrategy: {type(optimizer).__name__} synchronises the replicas at every step; return the "
                     "optimizer that it wraps from configure_optimizers"
                 )
-        for index, (optimizer, parameters) in enumerate(self._coupled_parameters()):
+        coupled = self._coupled_parameters()
+        self._line = self._open_line(len(coupled))
+        for index, (optimizer, parameters) in enumerate(coupled):
             vector = ParameterVector(parameters.values(), device=self.root_device)
-            center = self._open_center(f"coupling/{index}", vector.read())
+            center = self._open_center(f"coupling/{index}", vector.read(), index)
             algorithm = copy.deepcopy(self.algorithm)
             algorithm.bind(optimizer, list(parameters.values()))
             algorithm.clock = first_clock(index % self.fragments, self.fragments, algorithm)
@@ -554,21 +558,37 @@ class ElasticStrategy(_DDPStrategy):
             turnstile = DoubleTurnstile(additions, readings)
         return SharedTurnstile(turnstile, self._members) if self._members.size > 1 else turnstile
 
-    def _open_center(self, name: str, initial: Tensor) -> OpenCenter:
-        rendezvous = self._rendezvous
+    def _open_line(self, size: int) -> Line | None:
+        """Returns the communicator that all couplings share on a CUDA device; None where each has its own group."""
+        if self.root_device.type != "cuda" or not isinstance(self.transport, AllReduce):
+            return None
+        assert self._rendezvous is not None
+        assert self._members is not None
+        group = self._group if self.layout.replica_size == 1 else None
+        if group is None:
+            store = PrefixStore(f"exchanges/{self._members.index}", self._rendezvous.store)
+            group = new_group(store, self.replica, self.num_replicas, self.root_device, self._wait)
+        return Line(group, size, self.root_device, self._wait)
+
+    def _open_center(self, name: str, initial: Tensor, index: int) -> OpenCenter:
+        rendezvous, line = self._rendezvous, self._line
         assert rendezvous is not None
         assert self._members is not None
 
-        def open_slice(part: Tensor, index: int) -> OpenCenter:
-            return self.transport.open(
+        transport: Any = self.transport  # the argument ``place`` is AllReduce's own
+
+        def open_slice(part: Tensor, member: int) -> OpenCenter:
+            opened: OpenCenter = transport.open(
                 part,
                 replica=self.replica,
                 num_replicas=self.num_replicas,
                 rule=self.algorithm.rule(self.num_replicas),
-                store=PrefixStore(f"{name}/{index}", rendezvous.store),
+                store=PrefixStore(f"{name}/{member}", rendezvous.store),
                 timeout=self._wait,
                 num_slots=num_slots(self.num_replicas, self.algorithm.num_told),
+                **({} if line is None else {"place": line.place(index)}),
             )
+            return opened
 
         center = self._members.open_center(name, initial, open_slice)
         self._cleanup.callback(center.close)
@@ -602,7 +622,7 @@ class ElasticStrategy(_DDPStrategy):
                     view.copy_(center[name])
             self._generation += 1
             coupling.algorithm.bind(optimizer, list(parameters.values()))
-            opened = self._open_center(f"coupling/{index}/{self._generation}", initial)
+            opened = self._open_center(f"coupling/{index}/{self._generation}", initial, index)
             coupling.rebind(list(parameters), vector, opened, initial)
             if self._layerwise is not None:
                 self._layerwise.attach()
@@ -913,6 +933,8 @@ class ElasticStrategy(_DDPStrategy):
                 return False
         elif len(self.couplings) == 1:
             self._settle(self.couplings[0])
+        elif self._line is not None:
+            settle_in_line(self.couplings, self._line)
         elif self.couplings:  # another replica may need an answer from any of them first
             with ThreadPoolExecutor(len(self.couplings)) as pool:
                 list(pool.map(self._settle, self.couplings))
@@ -1106,7 +1128,8 @@ class ElasticStrategy(_DDPStrategy):
             state = super().lightning_module_state_dict()
             if not self.is_global_zero:
                 return state  # not written
-            return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            # On the CPU: with the replica's state, a device may have no room for a copy.
+            return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -1176,7 +1199,7 @@ class ElasticStrategy(_DDPStrategy):
         assert self._buffers is not None
         return {
             "couplings": [coupling.state_dict() for coupling in self.couplings],
-            "buffers": [b.detach().clone() for b in self._buffers.own],
+            "buffers": [b.detach().to("cpu", copy=True) for b in self._buffers.own],
             "rng": rng_state(),
             "epoch_rng": self._resumption.epoch_rng,
             "data": None if self._dynamic is None else self._dynamic.state_dict(),
@@ -1256,6 +1279,10 @@ class ElasticStrategy(_DDPStrategy):
             algorithm.batches_per_epoch = agreed
 
     def _last_drain(self) -> None:
+        if self.layout.replica_size > 1 and self.root_device.type == "cuda":
+            # One member cannot gather all slices, and a NCCL operation that is not answered ends the process.
+            log.warning("saving the center as it was before the last exchange: it is not gathered any more")
+            return
         for coupling in self.couplings:
             try:
                 coupling.drain(_LAST_DRAIN)
@@ -1325,7 +1352,7 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers = self._group = None
             self._holds_center = False
             self._by_optimizer.clear()
-            self._layerwise = None
+            self._layerwise = self._line = None
             self._rendezvous = self._free_running = self._dynamic = None
             self._saves.clear()
             self._dump = None

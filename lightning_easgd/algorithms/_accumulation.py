@@ -90,7 +90,7 @@ class Accumulation(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock and anchor."""
-        anchor = None if self._anchor is None else self._anchor.clone()
+        anchor = None if self._anchor is None else self._anchor.to("cpu", copy=True)
         return {**super().state_dict(), "anchor": anchor, "read_at": self._read_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -337,7 +337,7 @@ class LocalEntropy(Algorithm):
             "batches_per_epoch": self.batches_per_epoch,
             "rate": self._rate,
             "noted_lrs": None if self._schedule is None else list(self._schedule.noted),
-            **{name: None if vector is None else vector.clone() for name, vector in vectors.items()},
+            **{name: None if vector is None else vector.to("cpu", copy=True) for name, vector in vectors.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

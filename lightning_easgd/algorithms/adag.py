@@ -106,7 +106,7 @@ class ADAG(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock and anchor."""
-        return {**super().state_dict(), "anchor": None if self._anchor is None else self._anchor.clone()}
+        return {**super().state_dict(), "anchor": None if self._anchor is None else self._anchor.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""

@@ -102,7 +102,10 @@ class ADMM(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """Returns clock, multiplier and what the center holds of this replica."""
         vectors = {"multiplier": self._multiplier, "held": self._held}
-        return {**super().state_dict(), **{k: None if v is None else v.clone() for k, v in vectors.items()}}
+        return {
+            **super().state_dict(),
+            **{k: None if v is None else v.to("cpu", copy=True) for k, v in vectors.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""

@@ -259,7 +259,7 @@ class EASGD(Algorithm):
             return {**super().state_dict(), "due_at": self._due_at, **self._equilibrium.state_dict()}
         if self._anchor is None:
             return super().state_dict()
-        return {**super().state_dict(), "anchor": self._anchor.clone(), "read_at": self._read_at}
+        return {**super().state_dict(), "anchor": self._anchor.to("cpu", copy=True), "read_at": self._read_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""

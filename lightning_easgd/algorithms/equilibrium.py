@@ -112,7 +112,7 @@ class Equilibrium:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the center that was read."""
-        return {"anchor": None if self._anchor is None else self._anchor.clone()}
+        return {"anchor": None if self._anchor is None else self._anchor.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""

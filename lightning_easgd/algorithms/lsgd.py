@@ -182,7 +182,7 @@ class LSGD(Algorithm):
         """Returns the clock, the leader as it was pulled, who is what in this period, and the period's losses."""
         return {
             **super().state_dict(),
-            "leader": None if self._leader is None else self._leader.clone(),
+            "leader": None if self._leader is None else self._leader.to("cpu", copy=True),
             "read_at": self._read_at,
             "follows": self._follows,
             "leads": self._leads,

@@ -210,7 +210,7 @@ class Parle(LocalEntropy):
         if self.elastic_target == "replicas":
             return super().state_dict()
         vectors = {"anchor": self._anchor, "mean_velocity": self._mean_velocity}
-        copies = {name: None if vector is None else vector.clone() for name, vector in vectors.items()}
+        copies = {name: None if vector is None else vector.to("cpu", copy=True) for name, vector in vectors.items()}
         return {**super().state_dict(), **copies, "read_at": self._read_at, "share": self._share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

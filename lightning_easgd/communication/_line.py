@@ -7,6 +7,8 @@ answers asks in the same message; where all ask, all are at the meeting.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from lightning_easgd.communication._c10d import Group
 from lightning_easgd.communication._transport import TransportError
 
-__all__ = ["Line", "Place", "await_event", "new_event", "new_stream"]
+__all__ = ["Enqueued", "Line", "Place", "await_event", "finite_or_zero_", "new_event", "new_stream"]
 
 _POLL_S = 5e-5
 
@@ -93,6 +95,15 @@ class Line:
         answers, self._answers = self._answers, None
         if self.size > 1 and not self.together and answers != index:
             self._say(index)
+
+    @contextmanager
+    def all_together(self) -> Iterator[None]:
+        """Within it all replicas are at a meeting: the order of their exchanges is the program's."""
+        self.together = True
+        try:
+            yield
+        finally:
+            self.together = False
 
     def forget(self, center: Enqueued) -> None:
         """Forgets a center that is closed."""

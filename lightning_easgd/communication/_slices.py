@@ -117,6 +117,10 @@ class SlicedCenter(OpenCenter):
         """The deltas that the own slice had received then."""
         return self._inner.additions
 
+    def announce_late(self, first: int, numbers: Tensor) -> None:
+        """See ``OpenCenter.announce_late``."""
+        self._inner.announce_late(first, numbers)
+
     def lost(self) -> list[int]:
         """Returns the replicas whose member of this index is known to have ended; see ``OpenCenter.lost``."""
         return self._inner.lost()

@@ -203,8 +203,8 @@ class Errors:
         self.summed = like.new_zeros(layout.padded // size if size > 2 else 0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns copies."""
-        return {"own": self.own.clone(), "summed": self.summed.clone()}
+        """Returns copies, on the CPU."""
+        return {name: kept.to("cpu", copy=True) for name, kept in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Tensor] | None) -> None:
         """Restores what ``state_dict`` returned; zeros where it has other sizes, as with other parameters."""

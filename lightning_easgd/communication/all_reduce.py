@@ -540,7 +540,7 @@ class _ReplicatedCenter(OpenCenter):
             "additions": self._additions,
             "idle": list(self._idle),
             "rule": self._rule.state_dict(),
-            "memory": [vector.clone() for vector in self._memory],
+            "memory": [vector.to("cpu", copy=True) for vector in self._memory],
             "rounding": None if self._errors is None else self._errors.state_dict(),
             "traffic": vars(self.traffic).copy(),
         }
