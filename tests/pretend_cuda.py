@@ -371,9 +371,12 @@ class Event:
 
     def synchronize(self) -> None:
         if self.stream is not None:
-            self.stream.host_wait(self.position, self.vc)
             with _LOCK:
-                _note_wait("Event.synchronize")
+                is_known = _ME.vc.get(self.stream.key, 0) >= self.vc[self.stream.key]
+            self.stream.host_wait(self.position, self.vc)
+            if not is_known:  # whoever has seen that it is over does not stand still
+                with _LOCK:
+                    _note_wait("Event.synchronize")
 
     def elapsed_time(self, end: "Event") -> float:
         """Returns milliseconds, of the host's clock."""

@@ -2,8 +2,9 @@
 
 Each scenario is run once on the CPU and then on pretended devices, whose work is executed at once, or as late as the
 order allows on the caller's stream, or on all others (``tests/pretend_cuda.py``). Always: no race, no context on
-another rank's device, no memory given back too early, one order of the communicators' launches on all ranks, and the CPU's
-numbers to the last bit. Replicas that push to an asynchronous center take turns, so that there is one right result.
+another rank's device, no memory given back too early, one order of the communicators' launches on all ranks, and the
+CPU's numbers to the last bit (but for the order of sums of three). Replicas that push to an asynchronous center take
+turns, so that there is one right result.
 """
 
 import io
@@ -44,6 +45,7 @@ from lightning_easgd.algorithms import (
 from lightning_easgd.averages import CenterAverage, MovingAverage
 from lightning_easgd.communication import AllReduce, SharedMemory, Transport, all_reduce
 from lightning_easgd.communication._c10d import broadcast_bytes, new_group
+from lightning_easgd.communication._line import Line
 from lightning_easgd.communication._slices import open_sliced
 from lightning_easgd.flatten import ParameterVector
 from tests.communication.test_parameter_server import Apart
@@ -118,7 +120,7 @@ class Outcome:
         centers: of all couplings.
         seen: the parameters as an evaluation saw them.
         figures: distance, force, update and center norm of each report.
-        waits: for each step, how many host waits its thread had in it, and whether it exchanged.
+        waits: for each step, the host waits of the thread in it, and whether it launched or completed an exchange.
         resets: how often the replica was put on the center.
     """
 
@@ -158,6 +160,12 @@ class Rank:
         """Opens the couplings, as the strategy does."""
         scenario = self.scenario
         self.optimizers, self.couplings, self.groups = [], [], []
+        self.places: list[str] = []
+        self.line: Line | None = None
+        if self.device.type == "cuda" and isinstance(scenario.transport, AllReduce):
+            place = dist.PrefixStore(f"line/{self.generation}/{self.member}", self.store)
+            group = new_group(place, self.replica, scenario.replicas, self.device, T)
+            self.line = Line(group, len(self.parameters) * scenario.fragments, self.device, T)
         for index, parameters in enumerate(self.parameters):
             optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=scenario.momentum, nesterov=scenario.momentum > 0)
             self.optimizers.append(optimizer)
@@ -180,6 +188,7 @@ class Rank:
         algorithm = scenario.algorithm()
         algorithm.batches_per_epoch = 10
         algorithm.check(scenario.replicas)
+        self.places.append(name)
         vector = ParameterVector(list(part.values()))
         center = self._center(name, vector.read(), algorithm)
         algorithm.bind(optimizer, list(part.values()))
@@ -193,7 +202,8 @@ class Rank:
         scenario = self.scenario
 
         def open_slice(initial: Tensor) -> Any:
-            return scenario.transport.open(
+            transport: Any = scenario.transport  # the argument ``place`` is AllReduce's own
+            return transport.open(
                 initial,
                 replica=self.replica,
                 num_replicas=scenario.replicas,
@@ -201,6 +211,7 @@ class Rank:
                 store=dist.PrefixStore(f"center/{name}/{self.member}", self.store),
                 timeout=T,
                 num_slots=num_slots(scenario.replicas, algorithm.num_told),
+                **({} if self.line is None else {"place": self.line.place(len(self.places) - 1)}),
             )
 
         if scenario.members == 1:
@@ -238,13 +249,22 @@ class Rank:
                 self.parameters[index][0].view(-1)[3] = float("nan")
             step_fragments(couplings, partial(self.update, index), recover=self.reset, at=step)
 
+    def progress(self) -> list[tuple[int, int]]:
+        """Returns what differs after a step that has launched or completed an exchange."""
+        return [(coupling.center.traffic.exchanges, coupling.center.clock) for coupling in self.couplings]
+
     def drain(self) -> None:
         for coupling in self.couplings:
             coupling.drain()
 
+    def settle(self) -> None:
+        """Completes what is outstanding, and reads the center as it is now."""
+        for coupling in self.couplings:
+            coupling.drain() if coupling.center.synchronous else coupling.refresh()
+
     def resume(self) -> None:
         """Saves everything, closes, and goes on in new couplings with what is read to the CPU."""
-        self.drain()
+        self.settle()
         states = [coupling.state_dict() for coupling in self.couplings]
         momenta = [optimizer.state_dict() for optimizer in self.optimizers]
         file = io.BytesIO()
@@ -304,11 +324,10 @@ def run(scenario: Scenario, kind: str, findings: Findings | None) -> list[Outcom
                 if not synchronous and rank.replica > 0:
                     store.wait([f"turn/{step}/{rank.replica - 1}"], T)
                 before = 0 if findings is None else len(findings.own_waits())
-                exchanges = [coupling.center.traffic.exchanges for coupling in rank.couplings]
+                seen = rank.progress()
                 rank.step(step)
                 after = 0 if findings is None else len(findings.own_waits())
-                exchanged = exchanges != [coupling.center.traffic.exchanges for coupling in rank.couplings]
-                rank.outcome.waits.append((after - before, exchanged))
+                rank.outcome.waits.append((after - before, seen != rank.progress()))
                 store.set(f"launched/{step}/{rank.replica}", "")
                 if not synchronous:
                     rank.drain()
@@ -337,16 +356,21 @@ def check(scenario: Scenario, lag: Lag, *, waits_at_most: int | None = None) -> 
     """Runs it on pretended devices and compares it with the CPU; returns what the pretended devices' ranks end with."""
     if id(scenario) not in _ON_CPU:
         # Memory that processes share sums in another order; and an uninterrupted run is what a resumed one must be.
-        _ON_CPU[id(scenario)] = run(replace(scenario, resume_at=None), "cpu", None)
+        transport = scenario.transport
+        if isinstance(transport, AllReduce):
+            transport = AllReduce(wire=transport.wire, shared_memory=False)
+        _ON_CPU[id(scenario)] = run(replace(scenario, transport=transport, resume_at=None), "cpu", None)
     expected = _ON_CPU[id(scenario)]
     with pretend_cuda(lag=lag) as findings:
         outcomes = run(scenario, "cuda", findings)
-    assert findings.problems() == []
+    problems = "\n".join(findings.problems())
+    assert not problems
     for rank, (found, right) in enumerate(zip(outcomes, expected, strict=True)):
         for name in ("parameters", "centers", "seen"):
             for i, (a, b) in enumerate(zip(getattr(found, name), getattr(right, name), strict=True)):
-                off = (a.double() - b.double()).abs().max() if a.numel() else 0.0
-                assert torch.equal(a, b), f"rank {rank}: {name}[{i}] is off by {off}"
+                off = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+                is_right = torch.equal(a, b) if scenario.replicas < 3 else off < 1e-6
+                assert is_right, f"rank {rank}: {name}[{i}] is off by {off}"
         assert found.resets == right.resets
         if scenario.resume_at is None:
             assert len(found.figures) == len(right.figures)
