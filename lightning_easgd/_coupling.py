@@ -598,9 +598,11 @@ def _keep(figure: Tensor) -> Tensor:
 def _square(vector: Tensor, other: Tensor | None = None) -> Tensor:
     """Returns the square, (), of the norm of a vector, or of its difference to another, in float64."""
     if vector.device.type == "cpu":
-        return torch.linalg.vector_norm(vector if other is None else vector - other, dtype=torch.float64).square()
+        norm: Tensor = torch.linalg.vector_norm(vector if other is None else vector - other, dtype=torch.float64)
+        return norm.square()
     # In float64 from the start the norm would first make such a copy of the vector.
     parts: Iterable[Tensor] = torch.split(vector, _PART)
     if other is not None:
         parts = (a - b for a, b in zip(parts, torch.split(other, _PART), strict=True))
-    return torch.stack([torch.linalg.vector_norm(part) for part in parts]).double().square().sum()
+    norms: Tensor = torch.stack([torch.linalg.vector_norm(part) for part in parts])
+    return norms.double().square().sum()
