@@ -1,5 +1,6 @@
 """That all replicas begin equal: the same parameters by name and shape, and the values of rank 0."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -7,18 +8,18 @@ import torch
 from torch import nn
 
 from lightning_easgd._members import Layout
-from lightning_easgd.communication._c10d import Group, Store, broadcast_bytes
+from lightning_easgd.communication._c10d import Group, broadcast_bytes
+from lightning_easgd.communication._roll_call import RollCall
 
 __all__ = ["check_same_parameters", "start_from_rank_0"]
 
 
-def check_same_parameters(module: nn.Module, store: Store, rank: int, layout: Layout) -> None:
+def check_same_parameters(module: nn.Module, roll_call: RollCall, layout: Layout) -> None:
     """Raises on every rank if one's parameters or buffers are not rank 0's. Collective, blocking.
 
     Args:
         module: of this rank.
-        store: where they are compared.
-        rank: this one.
+        roll_call: of all ranks.
         layout: which ranks form which replica.
 
     Raises:
@@ -26,17 +27,15 @@ def check_same_parameters(module: nn.Module, store: Store, rank: int, layout: La
     """
     own = [(n, str(p.dtype), list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
     own += [(n, str(b.dtype), list(b.shape), False) for n, b in module.named_buffers()]
-    store.set(f"parameters/{rank}", json.dumps(own))
-    if rank == 0:
-        first = json.loads(json.dumps(own))
-        differences = (
-            _difference(other // layout.replica_size, first, json.loads(store.get(f"parameters/{other}")))
-            for other in range(1, layout.world_size)
-        )
-        store.set("parameters/verdict", "; ".join(filter(None, differences)))
-    verdict = store.get("parameters/verdict").decode()
-    if verdict:
-        raise ValueError(f"EASGDStrategy: all replicas must have the same parameters and buffers, but {verdict}")
+    own_text = json.dumps(own)
+    purpose = "compare their parameters"
+    # All of it is said only where something differs: with many ranks and parameters that is much.
+    if len(set(roll_call.gather(purpose, hashlib.sha256(own_text.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(json.loads, roll_call.gather(purpose, own_text))
+    differences = (_difference(r // layout.replica_size, first, other) for r, other in enumerate(others, 1))
+    verdict = "; ".join(filter(None, differences))
+    raise ValueError(f"EASGDStrategy: all replicas must have the same parameters and buffers, but {verdict}")
 
 
 @torch.no_grad()
