@@ -112,9 +112,8 @@ class Rendezvous:
         self._first_at = 0.0
         self._has_first = threading.Event()
         self._is_leaving = False
-        self._ears, self._mouth = socket.socketpair()  # wakes the watcher
-        for end in (self._ears, self._mouth):
-            keep_from_children(end).setblocking(False)
+        self._ears: socket.socket | None = None  # what wakes the watcher, and what it hears it by
+        self._mouth: socket.socket | None = None
         self._listener: socket.socket | None = None
         self._strangers: list[Line] = []  # who has connected and not said its rank yet
         self._reported: list[str] = []  # failures that others have just told of
@@ -127,14 +126,18 @@ class Rendezvous:
                 self._listener = listen()
                 self.port = int(self._listener.getsockname()[1])
                 self._peers = {other: _Peer() for other in range(world_size) if other != rank}
-                self._watcher.start()
+                self._start_watching()
         else:
             self.port = port
             # The line first: a store's client knocks at a closed door until its timeout.
             self._peers = {0: _Peer(self._call(host, port))}
             store_port = self._introduce(self._peers[0])
-            self._watcher.start()
-            self.store = TCPStore(host, store_port, is_master=False, timeout=timeout)
+            self._start_watching()
+            try:
+                self.store = TCPStore(host, store_port, is_master=False, timeout=timeout)
+            except RuntimeError:
+                self.close()
+                raise
         self.roll_call = RollCall(
             PrefixStore("roll call", self.store),
             rank=rank,
@@ -197,11 +200,16 @@ class Rendezvous:
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join(_FAREWELL_S + _HEARD_S)
 
+    def _start_watching(self) -> None:
+        self._ears, self._mouth = socket.socketpair()
+        for end in (self._ears, self._mouth):
+            keep_from_children(end).setblocking(False)
+        self._watcher.start()
+
     def _wake(self) -> None:
-        try:
-            self._mouth.send(b".")
-        except (BlockingIOError, OSError):  # it is awake, or has ended
-            return
+        if self._mouth is not None:
+            with suppress(OSError):  # it is awake, or has ended
+                self._mouth.send(b".")
 
     # --- the watcher's ----------------------------------------------------------------------------------------------
 
@@ -262,6 +270,7 @@ class Rendezvous:
 
     def _listen(self) -> None:
         """Waits for news, ``poll`` at most, and takes in all that there are."""
+        assert self._ears is not None
         lines = [peer.line for peer in self._peers.values() if peer.line is not None]
         sockets: list[Any] = [self._ears, *lines, *self._strangers]
         if self._listener is not None:
