@@ -8,7 +8,6 @@ by the number of steps differs between replicas.
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,15 +20,11 @@ from lightning_easgd.communication._rendezvous import Rendezvous
 
 __all__ = ["END_OF_EPOCH", "END_OF_TRAINING", "EVALUATION", "STOP", "FreeRunning", "StoppedByAnother"]
 
-log = logging.getLogger(__name__)
-
 EVALUATION, END_OF_EPOCH, END_OF_TRAINING = "an evaluation", "the end of an epoch", "the end of training"
 STOP = "a request to stop"
 # Who is ahead waits until the others are there too; who is behind leaves its evaluation out.
 _AHEAD = {END_OF_EPOCH: 1, END_OF_TRAINING: 2}
 _LOOK_S = 0.01  # between two looks at the store
-# How long the process with the store stays for those who are about to leave; a silent death is known before that.
-_FAREWELL_S = 60.0
 
 
 class StoppedByAnother(Exception):
@@ -119,15 +114,13 @@ class FreeRunning:
         self._begin_round()
         return True
 
-    def part(self, write: Callable[..., None], *, stop: bool = False, for_good: bool = False) -> bool:
+    def part(self, write: Callable[..., None], *, stop: bool = False) -> bool:
         """Waits until all replicas have done what they met for. Collective and blocking.
 
         Args:
             write: writes this replica's file of a checkpoint; called when replica 0 saves one, with what replica 0 has
                 given to ``request_files``.
             stop: whether this process was asked to stop.
-            for_good: whether this is the last that the replicas have to do with each other. Replica 0, with whose
-                process the store ends, then stays until the others have left or one of them has failed.
 
         Returns:
             Whether some replica was asked to stop.
@@ -135,16 +128,6 @@ class FreeRunning:
         self.is_free = False
         said = self._meetings.meet(STOP if stop else "parting", idle=lambda: self.serve(write))
         self.at_rest = False
-        if for_good and self._rank > 0:
-            self._store.set(f"left/{self._rank}", "")
-        elif for_good:
-            others = [f"left/{rank}" for rank in range(1, self._world_size)]
-            began = time.monotonic()
-            while not self._store.check(others) and self._rendezvous.failure is None:
-                if time.monotonic() - began > _FAREWELL_S:
-                    log.warning("rank 0 leaves with the store although not all others have said goodbye")
-                    break
-                time.sleep(_LOOK_S)
         return STOP in said
 
     def serve(self, write: Callable[..., None], *, wait: bool = False) -> None:

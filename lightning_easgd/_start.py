@@ -1,5 +1,6 @@
 """That all replicas begin equal: the same parameters by name and shape, and the values of rank 0."""
 
+import hashlib
 import json
 from collections.abc import Collection
 from typing import Any
@@ -11,20 +12,20 @@ from torch.nn.parameter import is_lazy
 
 from lightning_easgd._members import Layout
 from lightning_easgd._tensors import broadcast, copy_of, in_common, is_dense, write
-from lightning_easgd.communication._c10d import Group, Store
+from lightning_easgd.communication._c10d import Group
+from lightning_easgd.communication._roll_call import RollCall
 
 __all__ = ["check_same_parameters", "start_from_rank_0"]
 
 
 def check_same_parameters(
-    module: nn.Module, store: Store, rank: int, layout: Layout, left_out: Collection[str] = ()
+    module: nn.Module, roll_call: RollCall, layout: Layout, left_out: Collection[str] = ()
 ) -> None:
     """Raises on every rank if one's parameters are not rank 0's, or have no shape yet. Collective, blocking.
 
     Args:
         module: of this rank.
-        store: where they are compared.
-        rank: this one.
+        roll_call: of all ranks.
         layout: which ranks form which replica.
         left_out: names of parameters that are each rank's own.
 
@@ -33,16 +34,13 @@ def check_same_parameters(
     """
     parameters = [(n, p) for n, p in module.named_parameters() if n not in left_out]
     own = [(n, str(p.dtype), [] if is_lazy(p) else list(p.shape), p.requires_grad) for n, p in parameters]
-    store.set(f"parameters/{rank}", json.dumps(own))
-    if rank == 0:
-        first = json.loads(json.dumps(own))
-        differences = (
-            _difference(other // layout.replica_size, first, json.loads(store.get(f"parameters/{other}")))
-            for other in range(1, layout.world_size)
-        )
-        store.set("parameters/verdict", "; ".join(filter(None, differences)))
-    verdict = store.get("parameters/verdict").decode()
-    if verdict:
+    own_text = json.dumps(own)
+    purpose = "compare their parameters"
+    # All of it is said only where something differs: with many ranks and parameters that is much.
+    if len(set(roll_call.gather(purpose, hashlib.sha256(own_text.encode()).hexdigest()))) > 1:
+        first, *others = map(json.loads, roll_call.gather(purpose, own_text))
+        differences = (_difference(r // layout.replica_size, first, other) for r, other in enumerate(others, 1))
+        verdict = "; ".join(filter(None, differences))
         raise ValueError(f"EASGDStrategy: all replicas must have the same parameters, but {verdict}")
     lazy = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
     if lazy:

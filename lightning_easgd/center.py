@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 
 from lightning_easgd.communication import TransportError
-from lightning_easgd.communication._c10d import PrefixStore, Store, TCPStore
+from lightning_easgd.communication._c10d import PrefixStore, Store, new_store_server
 from lightning_easgd.communication._session import SessionServer, Terms
 from lightning_easgd.communication.parameter_server import connect, decode_rule
 from lightning_easgd.communication.shared_memory import SharedCenter
@@ -51,15 +51,7 @@ def serve(host: str, port: int, num_replicas: int, timeout: timedelta) -> list[i
         port = listening.getsockname()[1]
         reachable = "localhost" if host in ("", "0.0.0.0") else host
         # The store closes the descriptor that it listens on.
-        store = TCPStore(
-            reachable,
-            port,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-            use_libuv=True,
-        )
+        store = new_store_server(reachable, timeout, port, master_listen_fd=listening.detach())
     log.info("serving a center for %d replicas at %s:%d", num_replicas, host, port)
     began = time.monotonic()
     servers: list[SessionServer] = []

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from lightning_easgd._arguments import for_ddp, refuse_unknown
 from lightning_easgd._buffers import BufferRules, CenterBuffers
 from lightning_easgd._coupling import Coupling, Passage, num_slots, settle_in_line
 from lightning_easgd._dynamic import DynamicData
+from lightning_easgd._ending import own_default_group
 from lightning_easgd._fragments import by_fragment, first_clock, refuse_fragments, step_fragments
 from lightning_easgd._free_running import (
     END_OF_EPOCH,
@@ -40,6 +42,7 @@ from lightning_easgd._free_running import (
     StoppedByAnother,
 )
 from lightning_easgd._layerwise import Layerwise, by_layer, refuse_algorithm, refuse_training
+from lightning_easgd._lock_step import meets
 from lightning_easgd._members import Layout, Members, SharedTurnstile
 from lightning_easgd._modes import OptimizerModes
 from lightning_easgd._presets import presets
@@ -64,7 +67,7 @@ from lightning_easgd.checkpoint import (
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
 from lightning_easgd.communication._line import Line
-from lightning_easgd.communication._rendezvous import Rendezvous
+from lightning_easgd.communication._rendezvous import MAX_SILENCE, Rendezvous
 from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
 from lightning_easgd.gates import Gate, StaleSynchronous
@@ -131,6 +134,7 @@ class ElasticStrategy(_DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        max_silence: timedelta | None = None,
         **kwargs: Any,
     ) -> None:
         """Creates the strategy; nothing is started before the Trainer runs.
@@ -191,6 +195,10 @@ class ElasticStrategy(_DDPStrategy):
             process_group_backend: of Lightning's own process group; the exchange has one of its own.
             timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
             start_method: as for DDPStrategy.
+            max_silence: how long a rank may stand still altogether, above 0, before the job is ended and it is named:
+                stopped by a signal, or in one call that holds Python's lock (a huge JSON file); and how long a job
+                waits for a rank that never comes when it starts. Default 5 minutes. A rank that dies is noticed by its
+                connection, within seconds, and a host that vanishes within about a minute.
             **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
                 as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
 
@@ -220,6 +228,8 @@ class ElasticStrategy(_DDPStrategy):
                 f"EASGDStrategy(data={data!r}): must be 'shard', 'replicate', 'dynamic', or a fraction above 0 and "
                 "below 1"
             )
+        if max_silence is not None and not (isinstance(max_silence, timedelta) and max_silence > timedelta(0)):
+            raise ValueError(f"EASGDStrategy(max_silence={max_silence!r}): must be a timedelta above 0, or None")
         if replica_size is not None and (
             isinstance(replica_size, bool) or not isinstance(replica_size, int) or replica_size < 1
         ):
@@ -260,6 +270,7 @@ class ElasticStrategy(_DDPStrategy):
         self.center_buffers = center_buffers
         self.resume = resume
         self.resume_optimizer = resume_optimizer
+        self.max_silence = max_silence
         self.couplings: list[Coupling] = []
         self._by_optimizer: dict[int, list[Coupling]] = {}
         self._layerwise: Layerwise | None = None
@@ -282,6 +293,7 @@ class ElasticStrategy(_DDPStrategy):
         self._trainer: Trainer | None = None
         self._stop_seen_at: float | None = None
         self._stopped_together = False
+        self._wants_end = self._end_is_agreed = False
         self._report_every = 0
         self._last_seen = (0, 0)  # steps and additions at the last evaluation
         self._additions_at_start = 0
@@ -364,6 +376,11 @@ class ElasticStrategy(_DDPStrategy):
     def _configure_launcher(self) -> None:
         # The Trainer's constructor calls this when devices, nodes and precision are known and nothing runs yet.
         self._check_devices()
+        if sys.platform != "linux":
+            rank_zero_warn(
+                f"EASGDStrategy is developed and tested on Linux; nobody has tried it on {sys.platform!r}, and centers "
+                "in shared memory need Linux"
+            )
         self.algorithm.check(self.num_replicas)
         super()._configure_launcher()
 
@@ -382,6 +399,21 @@ class ElasticStrategy(_DDPStrategy):
             )
 
     # --- start ------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._rendezvous = self._open_rendezvous()  # from here on nobody waits for a process that is gone
+
+    @override
+    def setup_distributed(self) -> None:
+        timeout = self._timeout
+        with own_default_group(self._wait):
+            self._timeout = min(self._wait, self.max_silence or MAX_SILENCE)  # until all have come
+            try:
+                super().setup_distributed()
+            finally:
+                self._timeout = timeout
 
     @override
     def setup(self, trainer: "Trainer") -> None:
@@ -430,9 +462,9 @@ class ElasticStrategy(_DDPStrategy):
     def configure_ddp(self) -> None:
         # Where DDPStrategy wraps the module. Here it stays as it is where a replica is one process.
         layout = self.layout
-        self._rendezvous = self._open_rendezvous()
+        assert self._rendezvous is not None
         left_out = self._buffer_rules.not_shared(self._module)
-        check_same_parameters(self._module, self._rendezvous.store, self.global_rank, layout, left_out)
+        check_same_parameters(self._module, self._rendezvous.roll_call, layout, left_out)
         self._members = Members(
             layout,
             self.global_rank,
@@ -498,10 +530,9 @@ class ElasticStrategy(_DDPStrategy):
     def _show_layout(self, layout: Layout) -> None:
         """Says which ranks form which replica."""
         assert self._rendezvous is not None
-        store = PrefixStore("hosts", self._rendezvous.store)
-        store.set(str(self.global_rank), platform.node())
-        if self.is_global_zero and layout.world_size > 1:
-            rank_zero_info(layout.describe([store.get(str(rank)).decode() for rank in range(layout.world_size)]))
+        hosts = self._rendezvous.roll_call.gather("say which hosts they are on", platform.node())
+        if layout.world_size > 1:
+            rank_zero_info(layout.describe(hosts))
 
     def _set_up_sampling(self, rendezvous: Rendezvous, members: Members) -> None:
         assert self._trainer is not None
@@ -540,6 +571,7 @@ class ElasticStrategy(_DDPStrategy):
             world_size=self.layout.world_size,
             timeout=self._wait,
             poll=timedelta(seconds=1 if self.transport.synchronous else 0.2),
+            max_silence=self.max_silence,
         )
         if self.is_global_zero:
             rendezvous = connect(None)
@@ -738,6 +770,8 @@ class ElasticStrategy(_DDPStrategy):
         # Around the whole of an evaluation, so that callbacks' hooks see its weights too, and an error puts them back.
         self._patch(epoch_loop.val_loop, "run", partial(self._evaluate, epoch_loop.val_loop.run))
         self._patch(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
+        if self._free_running is None and self.layout.world_size > 1:
+            self._patch(epoch_loop, "on_advance_end", partial(self._end_batch, epoch_loop.on_advance_end))
         for callback in callbacks_of(trainer):
             # A time limit broadcasts at every batch, where replicas with more batches than rank 0 would wait for good.
             if is_a(callback, "callbacks.Timer"):
@@ -801,16 +835,15 @@ class ElasticStrategy(_DDPStrategy):
             ReplicaFile.remove(written, owner=self._file_owner, but=saves)
         ReplicaFile(path, save, self._file_owner).write(dump, self._own_state(), self.num_replicas)
 
-    def _part(self, *, has_ended: bool = False, for_good: bool = False) -> None:
+    def _part(self, *, has_ended: bool = False) -> None:
         """Ends what the replicas of an asynchronous run have met for, and stops all if one was asked to stop.
 
         Args:
             has_ended: whether training has, for all.
-            for_good: see ``FreeRunning.part``.
         """
         assert self._free_running is not None
         assert self._rendezvous is not None
-        if self._free_running.part(self._write_replica_file, stop=self._is_asked_to_stop, for_good=for_good):
+        if self._free_running.part(self._write_replica_file, stop=self._is_asked_to_stop):
             # All know it now, and meet to stop in their next step: who left without would take the store along.
             self._rendezvous.stop_requested = True
             if has_ended:
@@ -899,6 +932,8 @@ class ElasticStrategy(_DDPStrategy):
             self._rendezvous.raise_if_failed()
         if self._is_free and end:
             self._share_end()
+        for each in self.couplings if end and self._free_running is None else ():
+            each.end = True
         has_votes = any(coupling.stop_votes for coupling in couplings)
         if has_votes or stop or self._stop_seen_at is not None:
             self._attend_to_stop(has_votes=has_votes, overdue=overdue)
@@ -913,7 +948,7 @@ class ElasticStrategy(_DDPStrategy):
         """Adds what the algorithm adds to the gradients.
 
         Raises:
-            ValueError: they are scaled, since the optimizer unscales them by itself; it would scale the force down, too.
+            ValueError: the optimizer unscales them by itself, and would scale the force down with them.
         """
         couplings = self._by_optimizer.get(id(optimizer), [])
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -980,7 +1015,7 @@ class ElasticStrategy(_DDPStrategy):
     def _is_ending(self) -> bool:
         assert self._trainer is not None
         assert self._rendezvous is not None
-        return bool(self._trainer.should_stop) or self._rendezvous.end_requested
+        return self._wants_end or bool(self._trainer.should_stop) or self._rendezvous.end_requested
 
     def _share_end(self) -> None:
         """Tells the others that this replica is to end training, or has heard it from them."""
@@ -995,8 +1030,32 @@ class ElasticStrategy(_DDPStrategy):
             over = timer.time_elapsed() >= timer._duration
             if over and self._free_running is not None and self._rendezvous is not None:
                 self._rendezvous.request_end()
+            if over:
+                self._want_end()
+
+    def _want_end(self) -> None:
+        """Has all replicas end training, when the exchanges have told them or at the end of the epoch."""
+        self._wants_end = True
+        if self.layout.replica_size == 1:  # else the ranks of a replica first agree on it, in their next step
             for coupling in self.couplings:
-                coupling.end = coupling.end or over
+                coupling.end = True
+
+    def _end_batch(self, on_advance_end: Callable[[Any], None], data_fetcher: Any) -> None:
+        """Keeps a rank that alone was told to stop from leaving its epoch before all others know it."""
+        assert self._trainer is not None
+        is_known = self._end_is_agreed or any(coupling.ended for coupling in self.couplings)
+        if self._trainer.should_stop and not is_known:
+            self._trainer.should_stop = False
+            self._want_end()
+        on_advance_end(data_fetcher)
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Returns for each flag whether some rank has raised it. Collective, where all have met."""
+        if self._group is None:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.float32, device=self.root_device)
+        self._group.allreduce([raised]).wait()
+        return [count > 0 for count in raised.tolist()]
 
     def _set_received_sigterm(self) -> None:
         # Lightning raises its SIGTERMException at the end of the batch where this is set.
@@ -1047,7 +1106,7 @@ class ElasticStrategy(_DDPStrategy):
             ending: whether training ends for all with this.
 
         Returns:
-            Whether all met for this reason; a synchronous center's replicas take that for granted.
+            Whether all met for this reason. If not, some have ended their epoch and this one goes on without.
         """
         if self._free_running is not None:
             try:
@@ -1061,13 +1120,8 @@ class ElasticStrategy(_DDPStrategy):
                 self._trainer.should_stop = True
             if not together:
                 return False
-        elif len(self.couplings) == 1:
-            self._settle(self.couplings[0])
-        elif self._line is not None:
-            settle_in_line(self.couplings, self._line)
-        elif self.couplings:  # another replica may need an answer from any of them first
-            with ThreadPoolExecutor(len(self.couplings)) as pool:
-                list(pool.map(self._settle, self.couplings))
+        elif not self._settle_together(reason):
+            return False
         if self._trainer is not None and any(coupling.ended for coupling in self.couplings):
             self._trainer.should_stop = True
         if for_center or self._free_running is not None:
@@ -1083,6 +1137,26 @@ class ElasticStrategy(_DDPStrategy):
             self._buffers.gather()
             self._center_is_new = True
 
+    def _settle_together(self, reason: str) -> bool:
+        """Completes all couplings' exchanges until all replicas are here, and returns whether for this reason."""
+        assert self._rendezvous is not None
+        while True:
+            if len(self.couplings) == 1:
+                self._settle(self.couplings[0])
+            elif self._line is not None:
+                settle_in_line(self.couplings, self._line)
+            elif self.couplings:  # another replica may need an answer from any of them first
+                with ThreadPoolExecutor(len(self.couplings)) as pool:
+                    list(pool.map(self._settle, self.couplings))
+            try:
+                together = meets(self._rendezvous.roll_call.gather("meet", reason), reason)
+            except StoppedByAnother:
+                self._stopped_together = True
+                self._set_received_sigterm()
+                raise self._sigterm_exception() from None
+            if together is not None:
+                return together
+
     @staticmethod
     def _settle(coupling: Coupling) -> None:
         coupling.abstain()
@@ -1092,16 +1166,20 @@ class ElasticStrategy(_DDPStrategy):
     def _evaluate(self, run: Callable[[], Any]) -> Any:
         if self._free_running is not None:
             return self._evaluate_between(self._free_running, run)
-        self._meet(EVALUATION, for_center=self.evaluate == "center")
+        assert self._trainer is not None
+        if not self._meet(EVALUATION, for_center=self.evaluate == "center"):
+            log.warning("replica %d leaves an evaluation out: others have ended their epoch already", self.replica)
+            return []
         self._say_if_unchanged()
         with self._holding(self.evaluate):
             result = run()
         if self._group is not None:  # a signal has come to all by now, or to none
-            asked = torch.tensor([float(self._is_asked_to_stop)], device=self.root_device)
-            self._group.allreduce([asked]).wait()
-            if asked > 0:
+            asked, ends = self._agree(self._is_asked_to_stop, self._trainer.should_stop)
+            if asked:
                 self._stopped_together = True
                 self._set_received_sigterm()
+            if ends:
+                self._trainer.should_stop = self._end_is_agreed = True
         return result
 
     def _say_if_unchanged(self, *, at_end: bool = False) -> None:
@@ -1160,16 +1238,20 @@ class ElasticStrategy(_DDPStrategy):
         free_running.is_free = self.layout.world_size > 1
 
     def _end_epoch(self, on_advance_end: Callable[[], None]) -> None:
+        assert self._trainer is not None
+        assert self._rendezvous is not None
+        has_used_up = 0 <= self._trainer.max_steps <= self._trainer.global_step
         if self._free_running is None:
             self._meet(END_OF_EPOCH)
             on_advance_end()
+            # Who has made all its steps, or was told to stop, ends training for all.
+            [ends] = self._agree(self._wants_end or self._trainer.should_stop or has_used_up)
+            if ends and not has_used_up:
+                self._trainer.should_stop = self._end_is_agreed = True
             return
         if self._is_leaving:  # Lightning leaves it to the epoch's end after the last batch
             raise self._sigterm_exception()
-        assert self._trainer is not None
-        assert self._rendezvous is not None
         self._free_running.is_free = False
-        has_used_up = 0 <= self._trainer.max_steps <= self._trainer.global_step
         if self._trainer.should_stop or (has_used_up and self.data == "dynamic"):
             self._rendezvous.request_end()  # or the others would do what is left of a shared epoch
         # What comes is collective, so that nobody may go on alone: who has made all its steps ends training for all.
@@ -1196,13 +1278,9 @@ class ElasticStrategy(_DDPStrategy):
             self._part(has_ended=True)
             self._share_checkpoints()
             self.barrier()
-            if self._rendezvous is not None:
-                self._rendezvous.retire()
             return
         self._meet(END_OF_TRAINING, for_center=True)
         self._say_if_unchanged(at_end=True)
-        assert self._rendezvous is not None
-        self._rendezvous.retire()  # from here on a peer may end before this process does
         self._hold("center")
         on_run_end()
 
@@ -1502,12 +1580,10 @@ class ElasticStrategy(_DDPStrategy):
         if all(algorithm.batches_per_epoch is not None for algorithm in asking):
             return
         assert self._rendezvous is not None
-        store, key = PrefixStore("epoch", self._rendezvous.store), "batches"
-        if self.is_global_zero:
-            num_batches = trainer.num_training_batches
-            known = num_batches != float("inf")
-            store.set(key, json.dumps(math.ceil(num_batches / trainer.accumulate_grad_batches) if known else None))
-        agreed = json.loads(store.get(key))
+        num_batches = trainer.num_training_batches
+        known = num_batches != float("inf")
+        own = json.dumps(math.ceil(num_batches / trainer.accumulate_grad_batches) if known else None)
+        agreed = json.loads(self._rendezvous.roll_call.gather("say how long an epoch is", own)[0])
         for algorithm in asking:
             algorithm.batches_per_epoch = agreed
 
@@ -1570,7 +1646,7 @@ class ElasticStrategy(_DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self._stopped_together and self._free_running is not None and self._free_running.at_rest:
-            self._part(for_good=True)  # replica 0 may have saved a checkpoint
+            self._part()  # replica 0 may have saved a checkpoint
         if self._rendezvous is not None and not isinstance(exception, self._sigterm_exception):
             first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
             if first is not None and first not in str(exception):
@@ -1592,6 +1668,7 @@ class ElasticStrategy(_DDPStrategy):
             self._stop_seen_at = None
             self._stopped_together = self._has_said_unchanged = False
             self._last_seen, self._additions_at_start = (0, 0), 0
+            self._wants_end = self._end_is_agreed = False
             self._resumption = Resumption()
             self._members = None
             self._ddp_kwargs.pop("process_group", None)

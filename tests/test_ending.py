@@ -6,30 +6,31 @@ The replicas here are processes of a launcher that kills nobody, so that each mu
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, Transport
-from lightning_easgd.communication import _rendezvous
+from lightning_easgd._ending import end_groups
+from lightning_easgd._lock_step import meets
+from lightning_easgd.communication import _c10d
 from tests import modules
-from tests.helpers import TIMEOUT, Replicas
-from tests.modules import Regression, loader, trainer
+from tests.helpers import TIMEOUT, Replicas, run_replicas
+from tests.modules import Regression, flat, linear_data, loader, trainer
 
 PROMISED_S = 60.0  # to a user, for a job's end
 STANDSTILL_S = 60.0  # of a busy machine; more than that would be a wait that never ends by itself
-SILENCE_S = 10.0  # in place of the package's, where a test waits for it
 LONG = 10**9
 
 
 def _train(replica: int, port: int, folder: str, period: int, misbehave: str, culprit: int, transport: Any) -> None:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    if misbehave == "die" and transport is not None:
-        _rendezvous._SILENCE_S = SILENCE_S
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
 
     class Progress(modules.pytorch_lightning.Callback):
@@ -61,9 +62,9 @@ def _run(
     return replicas, pids, time.monotonic()
 
 
-def _check(folder: Path, replicas: Replicas, began: float, spared_s: float = 0.0) -> list[int | None]:
+def _check(folder: Path, replicas: Replicas, began: float) -> list[int | None]:
     codes = replicas.join()
-    assert time.monotonic() - began + spared_s < PROMISED_S + STANDSTILL_S
+    assert time.monotonic() - began < PROMISED_S + STANDSTILL_S
     state = torch.load(folder / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     assert state["global_step"] >= 30
@@ -127,9 +128,8 @@ def test_an_exception_over_an_asynchronous_center(tmp_path, culprit):
 
 def test_a_silent_death_over_an_asynchronous_center(tmp_path):
     replicas, _, began = _run(tmp_path, misbehave="die", culprit=1, transport=SharedMemory())
-    codes = _check(tmp_path, replicas, began, spared_s=_rendezvous._SILENCE_S - SILENCE_S)
-    assert codes == [1, 9]
-    assert "no sign of life for 10 s" in replicas.error(0)
+    assert _check(tmp_path, replicas, began) == [1, 9]
+    assert "rank 1: its process is gone" in replicas.error(0)
 
 
 class Reporting(Regression):
@@ -232,3 +232,182 @@ def test_sigterm_at_an_evaluation_ends_all_and_saves(tmp_path, transport, where)
     assert saved
     state = torch.load(saved[0], weights_only=False)
     assert len(list(tmp_path.glob(f"*.{state['lightning_easgd']['save']}.replica-*"))) == 2
+
+
+def _misbehave_rarely(replica: int, how: str) -> None:
+    """Rank 1 is stopped for good, or dies when training has ended while the other waits for it."""
+
+    class Misbehave(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if how == "stopped" and replica == 1 and trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        def on_train_end(self, trainer, pl_module):
+            if how == "dead in the end" and replica == 1:
+                os._exit(9)
+            trainer.strategy.barrier()
+
+    trainer(
+        strategy=EASGDStrategy(EASGD(period=5), max_silence=timedelta(seconds=3)),
+        max_epochs=-1 if how == "stopped" else 1,
+        callbacks=[Misbehave()],
+    ).fit(Regression(), loader())
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("stopped", "rank 1: no sign of life for 3 s"), ("dead in the end", "rank 1: its process is gone")]
+)
+def test_who_stands_still_or_dies_in_the_end_is_named(how, why):
+    replicas = Replicas(_misbehave_rarely, 2, how, timeout=PROMISED_S + STANDSTILL_S)
+    first, second = replicas.processes
+    first.join(PROMISED_S + STANDSTILL_S)
+    second.kill()
+    assert replicas.join()[0] == 1
+    error = replicas.error(0)
+    assert not error or why in error  # its watcher may have ended it, in the collective
+
+
+def _never_comes(replica: int) -> None:
+    if replica == 1:
+        os._exit(9)
+    trainer(strategy=EASGDStrategy(max_silence=timedelta(seconds=3))).fit(Regression(), loader())
+
+
+def test_a_rank_that_dies_before_all_have_met_is_not_waited_for_long():
+    replicas = Replicas(_never_comes, 2, timeout=PROMISED_S + STANDSTILL_S)
+    assert replicas.join() == [1, 9]
+    assert "3" in replicas.error(0)
+
+
+@pytest.mark.parametrize("value", [0, timedelta(0), "5 minutes"])
+def test_a_limit_must_be_a_time(value):
+    with pytest.raises(ValueError, match=r"EASGDStrategy\(max_silence=.*must be a timedelta above 0"):
+        EASGDStrategy(max_silence=value)
+
+
+def _groups(replica: int, own: bool) -> tuple[bool, float, int, bool]:
+    """Trains and validates, uses ``torch.distributed`` as a user's script may afterwards, and ends what is to end."""
+    if own:
+        os.environ["RANK"] = str(replica)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    module = Regression()
+    for _ in range(2):
+        trainer().fit(module, loader())
+    trainer().validate(module, loader(), verbose=False)
+    held = len(_c10d._open_groups)
+    number = torch.ones(1)
+    dist.all_reduce(number)
+    end_groups()
+    return dist.is_initialized(), float(number), held, any(not p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["Lightning's", "the user's"])
+def test_a_default_group_is_ended_by_whom_it_was_made_for(own):
+    for is_initialized, total, held, _ in run_replicas(_groups, 2, own):
+        assert is_initialized == own
+        assert total == 2
+        assert held == 0  # the strategy's own have ended with it
+
+
+class Stream(IterableDataset):
+    """Another number of samples in every replica."""
+
+    def __init__(self, num_samples: list[int]) -> None:
+        self.num_samples = num_samples
+
+    def __iter__(self):
+        data = linear_data()
+        return (data[i % len(data)] for i in range(self.num_samples[dist.get_rank()]))
+
+
+class Constant(Regression):
+    """Logs what must be the same number however many ranks and batches there are."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("hundred", 100.0, on_step=False, on_epoch=True, sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("one", 1.0, sync_dist=True)
+
+
+def _streams(replica: int, lengths: list[int], interval: int) -> list[Any]:
+    seen: list[Any] = []
+
+    class Look(modules.pytorch_lightning.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            metrics = trainer.callback_metrics
+            seen.append((trainer.global_step, float(metrics["one"]), float(metrics["val_loss"])))
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(float(trainer.callback_metrics["hundred"]))
+
+    module = Constant()
+    trainer(strategy=EASGDStrategy(EASGD(period=3)), max_epochs=2, val_check_interval=interval, callbacks=[Look()]).fit(
+        module, DataLoader(Stream([4 * n for n in lengths]), batch_size=4), loader(16)
+    )
+    return [*seen, flat(module)]
+
+
+@pytest.mark.parametrize("lengths", [[6, 11], [11, 6], [9, 8]], ids=str)
+def test_streams_of_different_length_with_evaluations_inside_the_epoch(lengths):
+    """An evaluation that not all reach is left out; what is logged is what it is."""
+    one, two = run_replicas(_streams, 2, lengths, 4)
+    assert torch.equal(one.pop(), two.pop())
+    for seen, length in ((one, lengths[0]), (two, lengths[1])):
+        steps = [entry[0] for entry in seen if isinstance(entry, tuple)]
+        every = [4 * n for n in range(1, min(lengths) // 4 + 1)]
+        assert steps == every + [length + step for step in every]
+        assert all(entry[1] == 1 for entry in seen if isinstance(entry, tuple))
+        assert [entry for entry in seen if isinstance(entry, float)] == [100.0, 100.0]
+    losses = [[entry[2] for entry in seen if isinstance(entry, tuple)] for seen in (one, two)]
+    assert losses[0] == losses[1]
+
+
+def test_reasons_that_do_not_fit_together_are_named():
+    assert meets(["an evaluation"] * 2, "an evaluation") is True
+    assert meets(["an evaluation", "the end of an epoch"], "an evaluation") is False
+    assert meets(["an evaluation", "the end of an epoch"], "the end of an epoch") is None
+    with pytest.raises(RuntimeError, match=r"at different points: \{0: '', 1: 'the end of an epoch'\}"):
+        meets(["", "the end of an epoch"], "")
+
+
+def _told_to_stop(replica: int, culprit: int) -> list[tuple[int, int, torch.Tensor]]:
+    """One rank alone sets ``trainer.should_stop``, at each of the places where a callback may, in its second epoch."""
+    ended = []
+    for where in ("batch", "epoch", "validation"):
+
+        class Tell(modules.pytorch_lightning.Callback):
+            def __init__(self, where: str) -> None:
+                self.where = where
+
+            def tell(self, trainer, where):
+                if where == self.where and replica == culprit and trainer.current_epoch == 1:
+                    trainer.should_stop = True
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if batch_idx == 2:
+                    self.tell(trainer, "batch")
+
+            def on_train_epoch_end(self, trainer, pl_module):
+                self.tell(trainer, "epoch")
+
+            def on_validation_end(self, trainer, pl_module):
+                self.tell(trainer, "validation")
+
+        module = Regression()
+        t = trainer(strategy=EASGDStrategy(EASGD(period=2)), max_epochs=6, callbacks=[Tell(where)])
+        t.fit(module, loader(), loader(16))
+        ended.append((t.current_epoch, t.global_step, flat(module)))
+    return ended
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_alone_is_told_to_stop_ends_all_at_the_same_step(culprit):
+    """Eight batches an epoch: inside one at the next exchange but one, elsewhere where it was told."""
+    one, two = run_replicas(_told_to_stop, 2, culprit)
+    for (_, steps, center), (_, other_steps, other_center) in zip(one, two, strict=True):
+        assert steps == other_steps
+        assert torch.equal(center, other_center)
+    assert [steps for _, steps, _ in one] == [14, 16, 16]

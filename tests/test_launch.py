@@ -104,6 +104,42 @@ def test_torchrun_launches(script, tmp_path):
     assert first == second
 
 
+END = """
+import sys
+from tests.modules import Regression, loader, trainer
+
+if __name__ == "__main__":
+    module = Regression()
+    trainer(strategy="easgd").fit(module, loader())
+    trainer(strategy="easgd").validate(module, loader(), verbose=False)
+    if sys.argv[1] == "raise":
+        raise KeyError("the script's own")
+    sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_jobs_end_with_their_own_exit_codes(tmp_path):
+    """What aborts once in a few runs if torch's threads are not waited for. ``tests/soak.py`` runs many more."""
+    (tmp_path / "script.py").write_text(END)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0"}
+    for ends, expected in (("0", 0), ("0", 0), ("3", 3), ("raise", 1)):
+        env["MASTER_PORT"] = str(free_port())
+        both = [
+            subprocess.Popen(
+                [sys.executable, "script.py", ends],
+                cwd=tmp_path,
+                env={**env, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=COMMAND_S)[1] for process in both]
+        assert [process.returncode for process in both] == [expected] * 2, said
+        assert all(("the script's own" in words) == (ends == "raise") for words in said)
+
+
 @pytest.mark.parametrize("name", ["easgd_fork", pytest.param("easgd_spawn", marks=pytest.mark.slow)])
 def test_processes_started_by_multiprocessing_bring_the_center_back(script, tmp_path, name):
     run(sys.executable, script, name, cwd=tmp_path)

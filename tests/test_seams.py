@@ -30,9 +30,11 @@ TORCHS = {
     "_foreach_mul_",
     "_foreach_sub_",
     "_indices",
+    "_get_default_store",
     "_initialized",
     "_non_persistent_buffers_set",
     "_remove_autograd_hooks",
+    "_set_pg_timeout",
     "_strip_protocol",
 }
 # Of Lightning's objects that are not there yet when a run is set up; guarded where they are used.

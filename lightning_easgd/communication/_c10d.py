@@ -1,5 +1,7 @@
-"""Names of ``torch.distributed`` that its stubs do not export, in one place."""
+"""Names of ``torch.distributed`` that its stubs do not export, in one place; groups and stores of one's own."""
 
+import sys
+import weakref
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +16,18 @@ else:
     from torch._C._distributed_c10d import AllgatherOptions
     from torch.distributed import PrefixStore, Store, TCPStore
 
-__all__ = ["AllgatherOptions", "Group", "PrefixStore", "Store", "TCPStore", "Work", "broadcast_bytes", "new_group"]
+__all__ = [
+    "AllgatherOptions",
+    "Group",
+    "PrefixStore",
+    "Store",
+    "TCPStore",
+    "Work",
+    "broadcast_bytes",
+    "close_groups",
+    "new_group",
+    "new_store_server",
+]
 
 _MESSAGE_BYTES = 4 << 20
 _GRACE = timedelta(seconds=30)
@@ -71,7 +84,6 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
     ``GLOO_SOCKET_IFNAME`` where that is set.
     """
     c10d: Any = dist
-    group: Group
     if device.type == "cuda":
         if not hasattr(c10d, "ProcessGroupNCCL"):
             raise RuntimeError(
@@ -81,10 +93,51 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
         options = c10d.ProcessGroupNCCL.Options()
         # NCCL's own watch ends the process; so it comes after ours, which says what was waited for.
         options._timeout = timeout + _GRACE
-        group = c10d.ProcessGroupNCCL(store, rank, size, options)
+        group: Any = _OwnGroup(c10d.ProcessGroupNCCL(store, rank, size, options))
     else:
-        group = c10d.ProcessGroupGloo(store, rank, size, timeout)
-    return group
+        group = _OwnGroup(c10d.ProcessGroupGloo(store, rank, size, timeout))
+    own: Group = group
+    return own
+
+
+class _OwnGroup:
+    """A process group that ends with its last reference, or by ``close_groups``: whoever holds it then has nothing.
+
+    torch waits for its threads, and for what they still do, when a group is destroyed.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        _open_groups.add(self)
+
+    def __getattr__(self, name: str) -> Any:
+        group = self.__dict__.get("_group")
+        if group is None:
+            raise RuntimeError(f"{name} of a process group that has been closed")
+        return getattr(group, name)
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if hasattr(group, "abort"):  # what a lost peer never answers must not hold us
+            group.abort()
+        del group
+
+
+_open_groups: "weakref.WeakSet[_OwnGroup]" = weakref.WeakSet()
+
+
+def close_groups() -> None:
+    """Ends all groups of this process that ``new_group`` has made and that somebody still holds. Not collective."""
+    for group in list(_open_groups):
+        group.close()
+    _open_groups.clear()
+
+
+def new_store_server(host: str, timeout: timedelta, port: int = 0, **options: Any) -> TCPStore:
+    """Returns a store that this process serves, on a free port unless told otherwise. Does not wait for clients."""
+    # The quicker server, which torch's builds for Windows do not have.
+    options["use_libuv"] = sys.platform != "win32"
+    return TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, **options)
 
 
 def broadcast_bytes(group: Group, tensors: Iterable[Tensor]) -> None:

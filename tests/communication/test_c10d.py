@@ -1,11 +1,13 @@
 """Broadcasts of many tensors: which go together, and that all arrive to the last bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_easgd.communication import _c10d
-from lightning_easgd.communication._c10d import broadcast_bytes, new_group
+from lightning_easgd.communication._c10d import broadcast_bytes, close_groups, new_group, new_store_server
 from tests.helpers import TIMEOUT, run_threads
 
 
@@ -46,3 +48,27 @@ def test_every_tensor_becomes_that_of_rank_0(monkeypatch, limit, sizes):
         for mine, first in zip(ours, tensors(0), strict=True):
             assert torch.equal(mine, first)
             assert mine.dtype == first.dtype
+
+
+@pytest.mark.parametrize(("system", "expected"), [("linux", True), ("darwin", True), ("win32", False)])
+def test_the_quicker_server_is_asked_for_where_torch_has_it(monkeypatch, system, expected):
+    asked = {}
+    monkeypatch.setattr(_c10d, "sys", SimpleNamespace(platform=system))
+    monkeypatch.setattr(_c10d, "TCPStore", lambda *args, **kwargs: asked.update(kwargs))
+    new_store_server("127.0.0.1", TIMEOUT)
+    assert asked["use_libuv"] is expected
+
+
+def test_a_group_that_is_closed_has_no_threads_left_whoever_holds_it():
+    def body(rank, store: dist.Store):
+        group = new_group(store, rank, 2, torch.device("cpu"), TIMEOUT)
+        group.allreduce([torch.ones(1)]).wait()
+        return group
+
+    held = run_threads(body, 2)
+    assert len(_c10d._open_groups) >= 2
+    close_groups()
+    assert not _c10d._open_groups
+    for group in held:
+        with pytest.raises(RuntimeError, match="allreduce of a process group that has been closed"):
+            group.allreduce([torch.ones(1)])
