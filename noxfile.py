@@ -204,9 +204,10 @@ HEAD = """\
 
 What `make matrix` ran, one row per combination of versions, written by the same command from `versions.json`. Lint is
 `ruff check` and `ruff format --check`, types is `mypy --strict`; seconds are those of lint, types and tests without the
-installation, on whatever machine it was. {oldest} are the lower bounds in `pyproject.toml`: their row has
-everything else that the package, its tests and its examples run with at its lower bound, too. That torch's own
-annotations leave out much of what it has, so that names that are not there are no error in that row's types.
+installation, on whatever machine it was. {oldest} are the lower bounds in
+`pyproject.toml`: their row has everything else that the package, its tests and its examples run with at its lower
+bound, too. That torch's own annotations leave out much of what it has, so that names that are not there are no error in
+that row's types.
 
 | Python | torch | Lightning | lint | types | passed | failed | skipped | seconds | date | commit |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -218,11 +219,15 @@ def _results() -> list[dict[str, Any]]:
 
 
 def _record(result: dict[str, Any]) -> None:
-    """Puts a result in the place of what the same versions had."""
+    """Puts a result in the place of what the same versions had; what is no longer supported is left out."""
     versions = ("python", "torch", "lightning")
-    others = [r for r in _results() if [r[v] for v in versions] != [result[v] for v in versions]]
+    others = [r for r in _results() if _is_supported(r) and [r[v] for v in versions] != [result[v] for v in versions]]
     results = sorted([*others, result], key=lambda r: [[int(n) for n in re.findall(r"\d+", r[v])] for v in versions])
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _is_supported(result: dict[str, Any]) -> bool:
+    return any(result["python"].startswith(f"{p}.") and result["torch"].startswith(t) for p, t, _ in COMBINATIONS)
 
 
 def rendered(results: list[dict[str, Any]]) -> str:

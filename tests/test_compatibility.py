@@ -115,8 +115,8 @@ def results_of(function: Callable[[int, Path], Any]) -> tuple[Any, Any]:
     """Returns what both ranks returned, after checking that both trained to one center, if they returned a fit."""
     [group] = [g for g, functions in GROUPS.items() if function.__name__ in functions]
     first, second = _results(group)[function.__name__]
-    for replica, result in enumerate((first, second)):
-        assert not isinstance(result, str), f"replica {replica}: {result}"
+    failed = [f"replica {replica}: {result}" for replica, result in enumerate((first, second)) if type(result) is str]
+    assert not failed, "\n".join(failed)
     if isinstance(first, dict) and "center" in first:
         assert torch.equal(first["center"], second["center"])
         assert torch.isfinite(first["center"]).all()
