@@ -7,6 +7,7 @@ CPU's numbers to the last bit (but for the order of sums of three). Replicas tha
 turns, so that there is one right result.
 """
 
+import inspect
 import io
 import itertools
 from collections.abc import Callable
@@ -290,7 +291,7 @@ class Rank:
             coupling.swap()
 
     def finish(self) -> Outcome:
-        self.drain()
+        self.settle()
         outcome = self.outcome
         outcome.parameters = [p.detach().cpu().clone() for parameters in self.parameters for p in parameters]
         outcome.centers = [coupling.center.value.cpu().clone() for coupling in self.couplings]
@@ -317,6 +318,7 @@ def run(scenario: Scenario, kind: str, findings: Findings | None) -> list[Outcom
     def body(number: int, store: dist.Store) -> Outcome:
         device = torch.device("cuda", number) if kind == "cuda" else torch.device("cpu")
         rank = Rank(scenario, number, store, device)
+        meet(store, "opened", scenario.ranks)  # all have read the center before anybody adds to it
         with rank.resources:
             for step in range(scenario.steps):
                 if scenario.late and rank.replica == scenario.replicas - 1 and scenario.replicas > 1:
@@ -539,7 +541,7 @@ def test_every_algorithm_is_in_a_scenario():
     while pending:
         for kind in pending.pop().__subclasses__():
             pending.append(kind)
-            if kind.__module__.startswith("lightning_easgd.algorithms.") and not kind.__name__.startswith("_"):
+            if kind.__module__.startswith("lightning_easgd.algorithms.") and not inspect.isabstract(kind):
                 every.add(kind)
     assert every - used == set()
 

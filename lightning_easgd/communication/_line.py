@@ -18,7 +18,17 @@ from torch import Tensor
 from lightning_easgd.communication._c10d import Group
 from lightning_easgd.communication._transport import TransportError
 
-__all__ = ["Enqueued", "Line", "Place", "await_event", "finite_or_zero_", "is_finite", "new_event", "new_stream"]
+__all__ = [
+    "Enqueued",
+    "Line",
+    "Place",
+    "await_event",
+    "elapsed_s",
+    "finite_or_zero_",
+    "is_finite",
+    "new_event",
+    "new_stream",
+]
 
 _POLL_S = 5e-5
 
@@ -46,6 +56,12 @@ def await_event(event: torch.cuda.Event, timeout: timedelta) -> None:
             raise RuntimeError(f"the device has not come to it within {timeout.total_seconds():.0f} s")
         time.sleep(_POLL_S)
     untyped.synchronize()
+
+
+def elapsed_s(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    """Returns the seconds from one timed event to another, both over; 0 where the device's events keep no time."""
+    between: Any = getattr(begin, "elapsed_time", None)
+    return 0.0 if between is None else max(0.0, between(end) / 1e3)
 
 
 class Enqueued(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import AllgatherOptions, Group
-from lightning_easgd.communication._line import await_event, is_finite, new_event
+from lightning_easgd.communication._line import await_event, is_finite, new_event, new_stream
 from lightning_easgd.communication._transport import Completed, NonFiniteDeltaError, OpenCenter, TransportError
 
 __all__ = ["SlicedCenter", "open_sliced"]
@@ -418,6 +418,7 @@ class _Gather:
         self._rows = like.new_empty(replica_size, self._own.numel())
         # What the host reads of the rows: slots and outcomes.
         self._told = torch.empty(replica_size, num_slots + 1, dtype=like.dtype, pin_memory=like.is_cuda)
+        self._stream: Any = new_stream(like.device) if like.is_cuda else None  # its methods are not annotated
 
     def __call__(self, part: Tensor, slots: Tensor, outcome: int, timeout_s: float) -> list[int]:
         """Returns all members' outcomes. ``RuntimeError`` if they are not there in time; the group is over then."""
@@ -435,11 +436,17 @@ class _Gather:
 
     def _gather_on_device(self, timeout: timedelta) -> list[int]:
         group: Any = self._group
-        # Into the rows as they lie; a list of them would be gathered through a buffer as large.
-        group._allgather_base(self._rows.view(-1), self._own).wait()
-        self._told.copy_(self._rows[:, self._size :], non_blocking=True)
-        gathered = new_event()
-        gathered.record(torch.cuda.current_stream(self._rows.device))
+        caller: Any = torch.cuda.current_stream(self._rows.device)
+        self._stream.wait_stream(caller)
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            if hasattr(group, "_allgather_base"):  # into the rows as they lie
+                group._allgather_base(self._rows.view(-1), self._own).wait()
+            else:  # a list of them is gathered through a buffer as large
+                group.allgather([list(self._rows)], [self._own]).wait()
+            self._told.copy_(self._rows[:, self._size :], non_blocking=True)
+            gathered = new_event()
+            gathered.record(self._stream)
+        caller.wait_event(gathered)
         await_event(gathered, timeout)
         return self._outcomes
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, Work, new_group
-from lightning_easgd.communication._line import Place, await_event, finite_or_zero_, new_event, new_stream
+from lightning_easgd.communication._line import Place, await_event, elapsed_s, finite_or_zero_, new_event, new_stream
 from lightning_easgd.communication._shared_vectors import SharedVectors
 from lightning_easgd.communication._transport import (
     Completed,
@@ -834,12 +834,9 @@ class _DeviceCenter(_ReplicatedCenter):
             if not (first.asked.query() and first.arrived.query()):
                 break
             self._timed.popleft()
-            took_s, waited_s = (
-                first.begun.elapsed_time(first.arrived) / 1e3,
-                first.asked.elapsed_time(first.arrived) / 1e3,
-            )
-            self.traffic.exposed_s += max(0.0, waited_s)
-            self.traffic.hidden_s += max(0.0, took_s - max(0.0, waited_s))
+            waited_s = elapsed_s(first.asked, first.arrived)
+            self.traffic.exposed_s += waited_s
+            self.traffic.hidden_s += max(0.0, elapsed_s(first.begun, first.arrived) - waited_s)
 
     def close(self) -> None:
         launch, self._launched = self._launched, None
