@@ -85,7 +85,7 @@ __all__ = ["ElasticStrategy"]
 
 log = logging.getLogger(__name__)
 
-# How long a request to stop waits for an exchange to carry it before the replicas meet without one.
+# How long a request to stop, or to end, waits for an exchange to carry it before it goes without one.
 _STOP_PATIENCE_S = 10.0
 # How long a process that already failed waits for an outstanding exchange, to save what it has.
 _LAST_DRAIN = timedelta(seconds=15)
@@ -294,6 +294,7 @@ class ElasticStrategy(_DDPStrategy):
         self._stop_seen_at: float | None = None
         self._stopped_together = False
         self._wants_end = self._end_is_agreed = False
+        self._end_wanted_at: float | None = None
         self._report_every = 0
         self._last_seen = (0, 0)  # steps and additions at the last evaluation
         self._additions_at_start = 0
@@ -1047,6 +1048,11 @@ class ElasticStrategy(_DDPStrategy):
         if self._trainer.should_stop and not is_known:
             self._trainer.should_stop = False
             self._want_end()
+            self._end_wanted_at = self._end_wanted_at or time.monotonic()
+        # No exchange has told the others for long: it leaves by itself, and tells them where they exchange or meet.
+        waited = self._end_wanted_at is not None and time.monotonic() - self._end_wanted_at >= _STOP_PATIENCE_S
+        if waited and not is_known and self.layout.replica_size == 1:
+            self._trainer.should_stop = self._end_is_agreed = True
         on_advance_end(data_fetcher)
 
     def _agree(self, *flags: bool) -> list[bool]:
@@ -1668,7 +1674,7 @@ class ElasticStrategy(_DDPStrategy):
             self._stop_seen_at = None
             self._stopped_together = self._has_said_unchanged = False
             self._last_seen, self._additions_at_start = (0, 0), 0
-            self._wants_end = self._end_is_agreed = False
+            self._wants_end, self._end_is_agreed, self._end_wanted_at = False, False, None
             self._resumption = Resumption()
             self._members = None
             self._ddp_kwargs.pop("process_group", None)

@@ -67,7 +67,12 @@ class Meetings:
             if time.monotonic() - looked < _LOOK_S:
                 continue
             looked = time.monotonic()
-            self._check()
+            try:
+                self._check()
+            except RuntimeError:
+                if not self._store.check(keys):  # else all had come, and one has failed over what they brought
+                    raise
+                break
             missing = [replica for replica, key in enumerate(keys) if not self._store.check([key])]
             now = missing, self._progress()
             if now != seen:

@@ -45,7 +45,12 @@ class RollCall:
         self._store.set(keys[self._rank], mine)
         began, pause = time.monotonic(), _SHORTEST_S
         while not self._store.check(keys):  # not ``wait``, which asks nobody else while it waits
-            self._check()
+            try:
+                self._check()
+            except RuntimeError:
+                if not self._store.check(keys):  # else all had come, and one has failed over what they brought
+                    raise
+                break
             if time.monotonic() - began > self._timeout.total_seconds():
                 missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
                 raise TransportError(

@@ -172,6 +172,7 @@ def member(end: str) -> Iterator[tuple[Rendezvous, Callable[[], None]]]:
         rendezvous.close()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("end", ["killed", "orphan"])
 def test_a_death_is_named_at_once(end):
     """Also where a child of the dead process lives on with all that it has inherited."""
@@ -181,6 +182,7 @@ def test_a_death_is_named_at_once(end):
         assert rendezvous.failure == "rank 1: its process is gone"
 
 
+@pytest.mark.processes
 def test_a_process_that_holds_pythons_lock_is_alive():
     with member("busy") as (rendezvous, may_end):
         time.sleep(2)  # the quiet that the test is about: many times what passes between two messages
