@@ -55,6 +55,8 @@ class Steps:
         self._is_inside = False
         self._undo: list[Callable[[], object]] = []
         self._known: set[int] = set()
+        self._stepped: set[int] = set()
+        self._before: dict[int, Tensor] = {}  # of parameters that no step has moved
 
     def open(self) -> None:
         """Begins to see the steps."""
@@ -72,39 +74,66 @@ class Steps:
         self._known.clear()
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Counts one step, within which the optimizers' own steps are parts of it."""
+    def counted(self, optimizer: Optimizer) -> Iterator[None]:
+        """Counts one step of an optimizer, within which the optimizers' own steps are parts of it."""
         before, self._is_inside = self._is_inside, True
-        self.count += not before
+        if not before:
+            self.count += 1
+            self._stepped.add(id(optimizer))
         try:
             yield
         finally:
             self._is_inside = before
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Surrounds the module's ``training_step``; looks at what it does until the first step is counted.
+    def batch(self, accumulated: int = 1) -> Iterator[None]:
+        """Surrounds the module's ``training_step``; looks at what no step of an optimizer has moved so far.
+
+        Args:
+            accumulated: of how many batches Lightning makes one step.
 
         Raises:
-            RuntimeError: it changed parameters, and no step of an optimizer has been counted so far.
+            RuntimeError: parameters have changed, though their optimizer has made no counted step.
         """
         self.num_batches += 1
-        trained = self._trained() if self.count == 0 and not self._is_automatic else []
-        before = [
-            p.detach().clone() for p in trained
-        ]  # not the versions, which ``p.data.sub_(...)`` leaves as they are
-        yield
-        if self.count == 0 and not all(torch.equal(p, value) for p, value in zip(trained, before, strict=True)):
+        if self._is_automatic:  # Lightning steps by itself; only a module that overrides it comes here without a step
+            if self.num_batches > accumulated:
+                self._look("optimizer_step or a hook")
+            self._keep()
+            yield
+        else:
+            self._before.clear()
+            self._keep()
+            yield
+            self._look("training_step")
+
+    def _keep(self) -> None:
+        # Not versions, which ``p.data.sub_(...)`` leaves as they are.
+        for p in self._unmoved():
+            if id(p) not in self._before:
+                self._before[id(p)] = p.detach().clone()
+
+    def _look(self, where: str) -> None:
+        kept = [(p, self._before[id(p)]) for p in self._unmoved() if id(p) in self._before]
+        self._before = {id(p): value for p, value in kept}
+        if not all(torch.equal(p, value) for p, value in kept):
             raise RuntimeError(
-                f"EASGDStrategy: {type(self._module).__name__}.training_step changed parameters without a step of an "
+                f"EASGDStrategy: {type(self._module).__name__}.{where} changed parameters without a step of an "
                 "optimizer that configure_optimizers returned. Exchanges are counted in such steps, so the center, "
                 "which is evaluated and saved, would stay as training began: make the update with an optimizer (one "
                 "of your own class will do) and return it from configure_optimizers"
             )
 
-    def _trained(self) -> list[Tensor]:
-        own = [p for o in self._optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
-        return own or [p for p in self._module.parameters() if p.requires_grad]
+    def _unmoved(self) -> list[Tensor]:
+        """Returns the trained parameters that only optimizers without a step so far hold."""
+        groups = [(id(o) in self._stepped, group["params"]) for o in self._optimizers for group in o.param_groups]
+        moved = {id(p) for has_stepped, parameters in groups if has_stepped for p in parameters}
+        held = [p for _, parameters in groups for p in parameters if p.requires_grad]
+        # With no optimizer at all, whatever the module could train.
+        return [p for p in held or self._free() if id(p) not in moved]
+
+    def _free(self) -> list[Tensor]:
+        return [p for p in self._module.parameters() if p.requires_grad]
 
     def _replace(self, optimizer: Optimizer, of: Optimizer) -> None:
         own: Any = optimizer.step
@@ -149,8 +178,13 @@ class Steps:
         self._undo.append(undo)
 
     def _refuse_unknown(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._is_inside or id(optimizer) in self._known or not self._is_training():
+        if self._is_inside or not self._is_training():
             return
+        if id(optimizer) in self._known:
+            raise RuntimeError(
+                f"EASGDStrategy: a step of {type(optimizer).__name__} went round optimizer.step, as "
+                f"{type(optimizer).__name__}.step(optimizer) does, and did not exchange: call optimizer.step()"
+            )
         names = {id(p): name for name, p in self._module.named_parameters()}
         held = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
         if held:

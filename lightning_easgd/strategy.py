@@ -915,7 +915,7 @@ class ElasticStrategy(_DDPStrategy):
         at = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own log entries
         recover = partial(self._recover, optimizer) if self.on_nonfinite == "reset" else None
         output = None
-        with self._steps.counted():
+        with self._steps.counted(optimizer):
             if self.fragments > 1:
                 step_fragments(couplings, update, recover=recover, at=at)
             elif self._layerwise is None:
@@ -1082,7 +1082,7 @@ class ElasticStrategy(_DDPStrategy):
         if self._rendezvous is not None:
             self._rendezvous.raise_if_failed()
         self._resumption.own = None  # whatever had to be put back has been
-        with nullcontext() if self._steps is None else self._steps.batch():
+        with nullcontext() if self._steps is None else self._steps.batch(self._accumulated):
             output = super().training_step(*args, **kwargs)
         if self.algorithm.needs_loss:
             loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -1090,6 +1090,11 @@ class ElasticStrategy(_DDPStrategy):
                 for coupling in self.couplings:
                     coupling.algorithm.observe_loss(loss.detach())
         return output
+
+    @property
+    def _accumulated(self) -> int:
+        assert self._trainer is not None
+        return int(self._trainer.accumulate_grad_batches)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -104,6 +104,34 @@ class InAHook(Manual):
                 p.sub_(0.01)
 
 
+class Overrides(Regression):
+    """Makes Lightning's step by hand."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        closure()
+        with torch.no_grad():
+            for p in self.parameters():
+                p.data.sub_(p.grad, alpha=0.05)
+
+
+class Half(Manual):
+    """Steps one of its layers with an optimizer and the other by hand, or through its optimizer's class."""
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers(use_pl_optimizer=False)
+        self.zero_grad()
+        self.manual_backward(self.loss(batch))
+        first.step()
+        if self.how == "class":
+            torch.optim.SGD.step(second)
+        elif batch_idx > 0:
+            with torch.no_grad():
+                self.net[2].weight.sub_(0.01)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.05) for i in (0, 2)]
+
+
 def _train(how: str, algorithm: Any) -> tuple[torch.Tensor, int, bool | None]:
     module, strategy = Manual(how), EASGDStrategy(algorithm)
     clocks = []
@@ -132,6 +160,12 @@ def _manual(replica: int) -> Any:
             trainer(strategy=EASGDStrategy(EASGD(period=3))).fit(module, loader(shuffle=False))
         except RuntimeError as error:
             refused[how] = str(error), torch.equal(before, flat(module))
+    for how, module in (("override", Overrides()), ("half", Half("hand")), ("class", Half("class"))):
+        try:
+            trainer(strategy=EASGDStrategy(EASGD(period=3)), accumulate_grad_batches=1).fit(module, loader())
+        except RuntimeError as error:
+            refused[how] = str(error), False
+    trainer(strategy="easgd", accumulate_grad_batches=3).fit(Regression(), loader())
     said = []
     for module in (Manual("none"), InAHook("none")):
         with warnings.catch_warnings(record=True) as caught:
@@ -155,12 +189,15 @@ def test_steps_without_lightning_exchange_as_those_with_it_or_are_refused():
                 assert found[name, how][1] == exchanges
                 assert found[name, how][2] is (None if "sam" in how else True)
     for _, refused, _ in results:
-        assert refused.keys() == {"own", "by hand", "by hand, through data"}
+        assert refused.keys() == {"own", "by hand", "by hand, through data", "override", "half", "class"}
         text, is_untouched = refused["own"]
         assert is_untouched
         assert re.search(r"Manual steps a Adam that configure_optimizers did not return.*'net.0.weight'", text)
         for how in ("by hand", "by hand, through data"):
             assert "training_step changed parameters without a step of an optimizer" in refused[how][0]
+        assert "Overrides.optimizer_step or a hook changed parameters without a step" in refused["override"][0]
+        assert "Half.training_step changed parameters without a step of an optimizer" in refused["half"][0]
+        assert "a step of SGD went round optimizer.step" in refused["class"][0]
 
     # Replica 0 says of a whole training what no batch showed: one module changed nothing, the other behind its back.
     nothing, [text] = results[0][2]
@@ -173,7 +210,7 @@ def _steps(module: nn.Module, *optimizers: Any, is_training: bool = True) -> tup
 
     def take(optimizer: Any, update: Any) -> None:
         taken.append(optimizer)
-        with steps.counted():
+        with steps.counted(optimizer):
             update()
 
     steps = Steps(
