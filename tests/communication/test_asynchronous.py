@@ -141,7 +141,9 @@ def results(processes) -> dict[str, list[dict]]:
     """Returns, for each wire, what the four replicas have seen."""
     outputs = [process.communicate(timeout=COMMAND_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    # Older versions of Gloo write to the same stream, where it ends too.
+    lines = ([line for line in output.splitlines() if line.startswith("{")][-1] for output in outputs)
+    first, second = map(json.loads, lines)
     return {wire: [(first[wire] | second[wire])[str(r)] for r in range(4)] for wire in first}
 
 
