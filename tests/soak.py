@@ -3,8 +3,9 @@
     python -m tests.soak torchrun [--jobs 50] [--parallel 2] [--busy 2]
         starts scripts under torchrun that fit and validate; each must end with exit code 0
     python -m tests.soak kill [--jobs 50] [--parallel 2] [--busy 2] [--seed 0]
-        ends one process of a job by SIGKILL at a random moment from its start on, both namespaces, synchronous and
-        asynchronous; nobody kills the others, which must end within the promised time, by an error
+        ends one process of a job by SIGKILL at a random moment from its start on, some while they leave, both
+        namespaces, synchronous and asynchronous; nobody kills the others, which must end within the promised time, by
+        an error unless training was over
 
 Prints a table; exits with 1 if a job misses what is promised.
 """
@@ -12,7 +13,6 @@ Prints a table; exits with 1 if a job misses what is promised.
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +30,7 @@ from tests.modules import NAMESPACES, REGRESSIONS, loader, trainer
 
 PROMISED_S = 60.0
 SILENCE = timedelta(seconds=20)  # in place of five minutes: who dies before the others know it never comes
+LEAVES, LEFT = "on_train_end", "on_fit_end"
 STARTS_S, RUNS_S = 5.0, 25.0  # a job's first moments, in which half of the deaths are; and the rest
 
 SCRIPT = """
@@ -60,20 +61,46 @@ def run_torchrun(number: int, _: argparse.Namespace) -> tuple[str, str, bool]:
     return strategy, f"exit code {done.returncode} {why[:100]}".strip(), done.returncode == 0
 
 
-def _train(replica: int, namespace: str, transport: Any, folder: str) -> None:
-    class Moving(NAMESPACES[namespace].Callback):  # type: ignore[name-defined,misc]
-        """Makes an epoch last about a second."""
+def _train(replica: int, namespace: str, transport: Any, ends: bool, folder: str) -> None:
+    base = NAMESPACES[namespace].Callback
+    place = Path(folder, f"place-{replica}")
+
+    def say(what: str) -> None:
+        """At once for whoever reads it: a file that is being written is empty for a moment."""
+        part = place.with_suffix(".part")
+        part.write_text(what)
+        part.replace(place)
+
+    class Looking(base):  # type: ignore[misc,valid-type]
+        """Says where this replica is, makes replica 1 the slower one, so that 0 waits for it, and the places last."""
+
+        def at(self, what: str, lasts_s: float = 0.0) -> None:
+            say(what)
+            time.sleep(lasts_s)
 
         def on_train_batch_start(self, *_: Any) -> None:
-            time.sleep(0.05)
+            self.at("a step", 0.04 * (1 + replica))
 
-    Path(folder, f"begun-{replica}").touch()
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            self.at("a meeting, or on the way" if is_last else "between steps")
+
+        def on_validation_batch_start(self, *_: Any) -> None:
+            self.at("an evaluation", 0.05)
+
+        def on_train_end(self, *_: Any) -> None:
+            self.at(LEAVES, 0.3)
+
+        def on_fit_end(self, *_: Any) -> None:
+            self.at(LEFT, 0.3)
+
     strategy: Any = EASGDStrategy if namespace == "pytorch_lightning" else _other_strategy()
+    say("its start")
     trainer(
         namespace,
         strategy=strategy(EASGD(period=2), transport, max_silence=SILENCE),
-        max_epochs=-1,
-        callbacks=[Moving()],
+        max_epochs=1 if ends else -1,
+        callbacks=[Looking()],
     ).fit(REGRESSIONS[namespace](), loader(), loader(32))
 
 
@@ -89,30 +116,37 @@ def run_kill(number: int, arguments: argparse.Namespace) -> tuple[str, str, bool
     namespace = sorted(NAMESPACES)[number % 2]
     transport = (None, SharedMemory())[number // 2 % 2]
     culprit = rng.randrange(2)
-    after_s = rng.uniform(0, STARTS_S if rng.random() < 0.5 else RUNS_S)
+    ends = rng.random() < 0.3  # a job that trains for an epoch: it is killed from its last evaluation on
+    after_s = rng.uniform(0, 2.0 if ends else STARTS_S if rng.random() < 0.5 else RUNS_S)
     what = f"{namespace}, {'synchronous' if transport is None else 'asynchronous'}, rank {culprit}"
     with tempfile.TemporaryDirectory() as folder:
-        replicas = Replicas(_train, 2, namespace, transport, folder)
+        replicas = Replicas(_train, 2, namespace, transport, ends, folder)
+        place = Path(folder, f"place-{culprit}")
         deadline = time.monotonic() + COMMAND_S
-        while not Path(folder, f"begun-{culprit}").exists() and time.monotonic() < deadline:
+        while time.monotonic() < deadline and not (
+            place.exists() and (not ends or place.read_text() in ("an evaluation", LEAVES, LEFT))
+        ):
             time.sleep(0.01)
         time.sleep(after_s)  # the moment
+        where = place.read_text() if place.exists() else "nowhere"
         began = time.monotonic()
-        pid = replicas.processes[culprit].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        other = replicas.processes[1 - culprit]
+        victim, other = replicas.processes[culprit], replicas.processes[1 - culprit]
+        victim.kill()
+        victim.join()
         other.join(2 * PROMISED_S)
         took_s = time.monotonic() - began
         code = other.exitcode
         replicas._timeout = 1.0
         replicas.join()
         lines = [line for line in replicas.error(1 - culprit).strip().splitlines() if line]
-    is_right = code is not None and code != 0 and took_s < PROMISED_S
-    why = lines[-1][:110] if lines else "ended by its watcher"
+    # Who has trained to the end needs nobody any more: the other may end well too.
+    may_end_well = ends and (victim.exitcode == 0 or where in (LEAVES, LEFT))
+    is_right = code is not None and (code != 0 or may_end_well) and took_s < PROMISED_S
+    why = lines[-1][:110] if lines else "it ended well" if code == 0 else "ended by its watcher"
     return (
-        what,
-        f"killed after {after_s:.1f} s: the other ended {took_s:.1f} s later, exit code {code}: {why}",
+        f"{what}: {where}",
+        f"killed after {after_s:.1f} s, exit code {victim.exitcode}: the other ended {took_s:.1f} s later, "
+        f"exit code {code}: {why}",
         is_right,
     )
 
