@@ -49,7 +49,7 @@ def write(tensor: Tensor, value: Tensor) -> None:
     if not is_dense(tensor):
         tensor.copy_(value)
         return
-    target = tensor.detach()
+    target = tensor.data  # not ``detach``: a look between a forward and its backward pass must not upset autograd
     for dim, stride in enumerate(target.stride()):
         if stride == 0 and target.shape[dim] > 1:  # expanded: all are one number
             target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_easgd import algorithms
+from lightning_easgd import EASGDStrategy, MovingAverage, algorithms
 from lightning_easgd._coupling import Coupling, num_slots
 from lightning_easgd._fragments import step_fragments
-from lightning_easgd.algorithms import EASGD, Algorithm
+from lightning_easgd.algorithms import EASGD, Algorithm, LocalSGD, Parle
 from lightning_easgd.communication import AllReduce, OpenCenter, ParameterServer, SharedMemory, Transport, all_reduce
 from lightning_easgd.communication._c10d import PrefixStore
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition
-from tests.helpers import TIMEOUT, run_threads
+from tests import modules
+from tests.helpers import TIMEOUT, run_replicas, run_threads
+from tests.modules import flat, loader, trainer
 
 D = 700
 STEPS = 9
@@ -261,3 +263,60 @@ def test_where_all_abstain_only_the_slots_travel(transport):
     for all_add, nobody_adds, one_adds in run_threads(body, 2):
         assert nobody_adds == 4  # the header, without slots, through a ring of two
         assert all_add == one_adds > nobody_adds
+
+
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+)
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "EASGD": lambda: EASGDStrategy(EASGD(period=2)),
+    "an average": lambda: EASGDStrategy(EASGD(period=2), average=MovingAverage()),
+    "fragments": lambda: EASGDStrategy(EASGD(period=2), fragments=2),
+    "Parle": lambda: EASGDStrategy(Parle(period=2)),
+    "local SGD": lambda: EASGDStrategy(LocalSGD(period=3)),
+}
+
+
+class _Looks(modules.pytorch_lightning.Callback):
+    """Looks at the center in one hook of every batch, by itself or by saving it."""
+
+
+def _fit_and_look(strategy: Any, hook: str | None, path: str | None) -> list[torch.Tensor]:
+    class Looks(_Looks):
+        pass
+
+    def look(self: Any, t: Any, *_: Any, **__: Any) -> None:
+        if path is not None:
+            t.save_checkpoint(path)
+        else:
+            with t.strategy.weights_of("center"):
+                pass
+
+    if hook is not None:
+        setattr(Looks, hook, look)
+    module = modules.BatchNormRegression()
+    trainer(strategy=strategy, callbacks=[Looks()]).fit(module, loader(shuffle=False))
+    return [flat(module), *module.buffers()]
+
+
+def _look_in_hooks(replica: int, folder: str) -> Any:
+    found: dict[str, Any] = {}
+    for name, make in STRATEGIES.items():
+        plain = _fit_and_look(make(), None, None)
+        for hook in HOOKS if name == "EASGD" else HOOKS[1:5:2]:
+            for path in (None, f"{folder}/look.ckpt") if name == "EASGD" else (None,):
+                looked = _fit_and_look(make(), hook, path)
+                found[f"{name}, {hook}, {path}"] = all(map(torch.equal, plain, looked))
+    return found
+
+
+def test_a_look_in_any_hook_changes_nothing(tmp_path):
+    """Of a module with batch norm, whose statistics a backward pass still needs."""
+    for found in run_replicas(_look_in_hooks, 2, str(tmp_path)):
+        assert [case for case, is_same in found.items() if not is_same] == []
+        assert len(found) == 2 * 6 + 2 * (len(STRATEGIES) - 1)
