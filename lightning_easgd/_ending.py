@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _LONGEST_S = 10.0
 
 _default_group: Any = None  # torch's, if it was made within ``own_default_group``
-_registered_pid: int | None = None
+_at_exit_of: "tuple[int, _Ending] | None" = None  # a process, and what it has to tell when it exits
 
 
 @contextmanager
@@ -52,11 +52,30 @@ def own_default_group(timeout: timedelta) -> Iterator[None]:
 
 def end_groups() -> None:
     """Ends all groups that are this package's. Not collective; waits for their threads, ten seconds at most."""
-    thread = threading.Thread(target=_end_groups, name="lightning_easgd-ending", daemon=True)
-    thread.start()
-    thread.join(_LONGEST_S)
-    if thread.is_alive():
-        log.warning("the process groups could not be ended within %.0f s", _LONGEST_S)
+    ending = _Ending()
+    ending.finish()
+
+
+class _Ending:
+    """A thread that ends all groups as soon as it is told to.
+
+    It is started long before that: Python 3.12 starts none any more when a process exits.
+    """
+
+    def __init__(self) -> None:
+        self._is_wanted = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lightning_easgd-ending", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        self._is_wanted.set()
+        self._thread.join(_LONGEST_S)
+        if self._thread.is_alive():
+            log.warning("the process groups could not be ended within %.0f s", _LONGEST_S)
+
+    def _run(self) -> None:
+        self._is_wanted.wait()
+        _end_groups()
 
 
 def _end_groups() -> None:
@@ -70,12 +89,13 @@ def _end_groups() -> None:
 
 def _end_at_exit() -> None:
     # A process that was forked starts with no groups of its own, and with its parent's functions to call at exit.
-    global _registered_pid
-    if _registered_pid is None:
+    global _at_exit_of
+    if _at_exit_of is None:
         atexit.register(_at_exit)
-    _registered_pid = os.getpid()
+    if _at_exit_of is None or _at_exit_of[0] != os.getpid():
+        _at_exit_of = os.getpid(), _Ending()
 
 
 def _at_exit() -> None:
-    if _registered_pid == os.getpid():
-        end_groups()
+    if _at_exit_of is not None and _at_exit_of[0] == os.getpid():
+        _at_exit_of[1].finish()
