@@ -574,6 +574,9 @@ class ElasticStrategy(_DDPStrategy):
             poll=timedelta(seconds=1 if self.transport.synchronous else 0.2),
             max_silence=self.max_silence,
         )
+        # A default group that was there before says nothing of when its ranks come: they may be minutes apart, in a
+        # script between two of its calls. Only from here on are all expected within half a minute.
+        self.barrier()
         if self.is_global_zero:
             rendezvous = connect(None)
             self.broadcast(rendezvous.port)

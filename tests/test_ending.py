@@ -9,6 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, Transport
 from lightning_easgd._ending import end_groups
 from lightning_easgd._lock_step import meets
 from lightning_easgd.communication import _c10d
+from lightning_easgd.communication._rendezvous import Rendezvous
 from tests import modules
 from tests.helpers import TIMEOUT, Replicas, run_replicas
 from tests.modules import Regression, flat, linear_data, loader, trainer
@@ -283,6 +285,31 @@ def test_a_rank_that_dies_before_all_have_met_is_not_waited_for_long():
 def test_a_limit_must_be_a_time(value):
     with pytest.raises(ValueError, match=r"EASGDStrategy\(max_silence=.*must be a timedelta above 0"):
         EASGDStrategy(max_silence=value)
+
+
+def _comes_late(replica: int) -> list[bool]:
+    """Begins to train later than the other, as a script may whose process group stands; returns who had come."""
+    os.environ["RANK"] = str(replica)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    store: Any = dist.distributed_c10d._get_default_store()
+    had_come: list[bool] = []
+    opened = Rendezvous.__init__
+
+    def look(self: Rendezvous, *args: Any, **kwargs: Any) -> None:
+        had_come.append(store.check(["late"]))
+        opened(self, *args, **kwargs)
+
+    with mock.patch.object(Rendezvous, "__init__", look):
+        if replica == 1:
+            time.sleep(2)  # this is how late it is
+            store.set("late", "")
+        trainer().fit(Regression(), loader())
+    return had_come
+
+
+def test_who_comes_late_to_a_group_that_stands_is_waited_for():
+    """As long as the group's timeout says: half a minute is for the line to rank 0 alone, once all have come."""
+    assert run_replicas(_comes_late, 2) == [[True], [True]]
 
 
 def _groups(replica: int, own: bool) -> tuple[bool, float, int, bool]:
