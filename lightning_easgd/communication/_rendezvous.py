@@ -405,9 +405,13 @@ class Rendezvous:
         os._exit(1)
 
 
+# One that takes no descriptor of its own, where there is one: who has used them all up is still alive, and must say so.
+_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.DefaultSelector)
+
+
 def _wait_for(sockets: Sequence[Any], timeout_s: float) -> None:
     """Returns when one of them can be read or is closed, after ``timeout_s`` at most."""
-    with selectors.DefaultSelector() as selector:
+    with _Selector() as selector:
         for each in sockets:
             if each.fileno() >= 0:
                 selector.register(each, selectors.EVENT_READ)

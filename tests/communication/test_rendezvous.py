@@ -2,12 +2,14 @@
 
 import ctypes
 import os
+import resource
+import selectors
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +20,7 @@ from lightning_easgd.communication import TransportError, _rendezvous
 from lightning_easgd.communication._contact import Line, listen
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._roll_call import RollCall
-from tests.helpers import CONTEXT, PROCESSES_S, SOON_S, TIMEOUT, _start_server, run_threads
+from tests.helpers import CONTEXT, PROCESSES_S, SOON_S, TIMEOUT, _start_server, run_replicas, run_threads
 
 POLL = timedelta(milliseconds=20)
 SHORT = timedelta(seconds=2)
@@ -237,3 +239,27 @@ def test_a_roll_call_names_who_is_missing_and_ends_when_it_is_pointless():
         mine.gather("agree", "")
     with pytest.raises(RuntimeError, match="a peer failed"):
         RollCall(dist.HashStore(), rank=1, world_size=3, timeout=TIMEOUT, check=failed).gather("agree", "")
+
+
+def _without_descriptors(replica: int) -> bool:
+    """Returns whether its watcher can wait when this process has used up its descriptors."""
+    ours, theirs = socket.socketpair()
+    theirs.send(b".")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (ours.fileno() + 20, hard))
+    held: list[int] = []
+    with suppress(OSError):  # too many open files
+        while len(held) < 1000:
+            held.append(os.dup(ours.fileno()))
+    assert len(held) < 1000
+    try:
+        _rendezvous._wait_for([ours], 0.0)
+    finally:
+        for each in held:
+            os.close(each)
+    return True
+
+
+@pytest.mark.skipif(not hasattr(selectors, "PollSelector"), reason="every selector takes a descriptor here")
+def test_who_has_used_up_its_descriptors_is_still_heard():
+    assert run_replicas(_without_descriptors, 1) == [True]
