@@ -8,6 +8,7 @@ of learning rates with the shared epoch instead of the replica's own count.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from lightning_easgd._seams import is_a
 from lightning_easgd.communication._c10d import PrefixStore, Store
+from lightning_easgd.communication._roll_call import gather
 from lightning_easgd.sampling import Draws, DynamicSampler, replace_sampler
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class DynamicData:
         replica: this replica's index.
         num_replicas: number of replicas.
         seed: of the orders, together with the epoch; the same on all replicas.
+        timeout: the longest wait for the other replicas.
         patch: ``patch(owner, name, value)`` hides a method of one object until the strategy is torn down.
         ahead: whether a batch is drawn in a thread, while the one before it is computed: hides the round trip to the
             store where that is long, for one batch more that a replica holds.
@@ -56,6 +59,7 @@ class DynamicData:
         replica: int,
         num_replicas: int,
         seed: int,
+        timeout: timedelta,
         patch: Callable[[Any, str, Callable[..., Any]], None],
         ahead: bool,
     ) -> None:
@@ -67,7 +71,7 @@ class DynamicData:
                 f"Trainer(val_check_interval={interval!r}) validates within an epoch, where the replicas are at "
                 "different batches; use 1.0"
             )
-        self._trainer, self._store, self._seed = trainer, store, seed
+        self._trainer, self._store, self._seed, self._timeout = trainer, store, seed, timeout
         self._replica, self._num_replicas = replica, num_replicas
         self._executor = ThreadPoolExecutor(1, "lightning_easgd-draws") if ahead else None
         self._sampler: DynamicSampler | None = None
@@ -198,8 +202,16 @@ class DynamicData:
         self._has_resumed = True
         fit_loop: Any = self._trainer.fit_loop
         progress = fit_loop.epoch_loop.batch_progress
-        self._store.set(f"resumed/{self._replica}", f"{progress.current.ready} {int(progress.is_last_batch)}")
-        replicas = [self._store.get(f"resumed/{r}").decode().split() for r in range(self._num_replicas)]
+        told = gather(
+            self._store,
+            "resumed",
+            f"{progress.current.ready} {int(progress.is_last_batch)}",
+            replica=self._replica,
+            num_replicas=self._num_replicas,
+            timeout=self._timeout,
+            purpose="say how much of the epoch it has done",
+        )
+        replicas = [text.split() for text in told]
         if all(ended == "1" for _, ended in replicas):
             return
         sampler.set_epoch(fit_loop.epoch_progress.current.processed)

@@ -9,7 +9,7 @@ by the number of steps differs between replicas.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_easgd._coupling import Coupling
 from lightning_easgd.communication._c10d import PrefixStore
 from lightning_easgd.communication._meetings import Meetings
 from lightning_easgd.communication._rendezvous import Rendezvous
+from lightning_easgd.communication._transport import TransportError
 
 __all__ = ["END_OF_EPOCH", "END_OF_TRAINING", "EVALUATION", "STOP", "FreeRunning", "StoppedByAnother"]
 
@@ -58,7 +59,7 @@ class FreeRunning:
     ) -> None:
         self.is_free = self.at_rest = self.ending = False
         self._rank, self._world_size = rank, world_size
-        self._num_saves = 0
+        self._num_saves, self._timeout = 0, timeout
         self._couplings, self._rendezvous = couplings, rendezvous
         self._store = PrefixStore("meetings", rendezvous.store)
         self._meetings = Meetings(
@@ -135,11 +136,10 @@ class FreeRunning:
         if self._rank == 0:
             return
         key = f"saves/{self._num_saves + 1}"
-        while not self._store.check([key]):
-            if not wait:
-                return
-            self._rendezvous.raise_if_failed()
-            time.sleep(_LOOK_S)
+        if wait:
+            self._await({0: key}, "replica 0 saves a checkpoint")
+        elif not self._store.check([key]):
+            return
         self._num_saves += 1
         write(*json.loads(self._store.get(key)))
         self._store.set(f"{key}/{self._rank}", "")
@@ -149,12 +149,30 @@ class FreeRunning:
 
         Raises:
             RuntimeError: another process failed meanwhile.
+            TransportError: for the whole timeout none came and none moved; names who is missing.
         """
         self._num_saves += 1
         key = f"saves/{self._num_saves}"
         self._store.set(key, json.dumps(request))
-        while not self._store.check([f"{key}/{rank}" for rank in range(1, self._world_size)]):
+        self._await({rank: f"{key}/{rank}" for rank in range(1, self._world_size)}, "all have written their files")
+
+    def _await(self, keys: Mapping[int, str], until: str) -> None:
+        """Waits for what each of some ranks sets in the store, as long as they come or move."""
+        moved, seen = time.monotonic(), None
+        while not self._store.check(list(keys.values())):
             self._rendezvous.raise_if_failed()
+            now = (
+                [rank for rank, key in keys.items() if not self._store.check([key])],
+                self._rendezvous.progress_of_all(),
+            )
+            if now != seen:
+                seen, moved = now, time.monotonic()
+            elif now[0] and time.monotonic() - moved > self._timeout.total_seconds():
+                raise TransportError(
+                    f"rank {self._rank} waits until {until}, but {now[0]} did not move for "
+                    f"{self._timeout.total_seconds():.0f} s; a checkpoint must be saved by all or inside the training "
+                    "epoch"
+                )
             time.sleep(_LOOK_S)
 
     def _begin_round(self) -> None:

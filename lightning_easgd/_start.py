@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lightning_easgd._tensors import broadcast, copy_of, in_common, is_dense, wr
 from lightning_easgd.communication._c10d import Group
 from lightning_easgd.communication._roll_call import RollCall
 
-__all__ = ["check_same_parameters", "start_from_rank_0"]
+__all__ = ["check_same_couplings", "check_same_parameters", "start_from_rank_0"]
 
 
 def check_same_parameters(
@@ -50,6 +50,42 @@ def check_same_parameters(
             f"replicas must begin equal ({', '.join(kinds) or 'lazy modules'}): pass one batch through the module in "
             "setup or configure_model, such as `with torch.no_grad(): self(example)`"
         )
+
+
+def check_same_couplings(trained: Sequence[tuple[str, Collection[str]]], roll_call: RollCall, layout: Layout) -> None:
+    """Raises on every rank if one's optimizers train other parameters than rank 0's. Collective, blocking.
+
+    Args:
+        trained: for each coupling the name of its optimizer's class, and those of its parameters.
+        roll_call: of all ranks.
+        layout: which ranks form which replica.
+
+    Raises:
+        ValueError: names each replica that differs, and where it does first.
+    """
+    own_text = json.dumps([(kind, list(names)) for kind, names in trained])
+    purpose = "compare what their optimizers train"
+    if len(set(roll_call.gather(purpose, hashlib.sha256(own_text.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(json.loads, roll_call.gather(purpose, own_text))
+    differing = {rank // layout.replica_size: other for rank, other in enumerate(others, 1) if other != first}
+    verdict = "; ".join(f"replica {replica} has {_trained(other, first)}" for replica, other in differing.items())
+    raise ValueError(
+        f"EASGDStrategy: configure_optimizers must return the same on all replicas, but {verdict}, where replica 0 has "
+        f"{_trained(first, next(iter(differing.values())))}"
+    )
+
+
+def _trained(mine: Sequence[Any], other: Sequence[Any]) -> str:
+    """Describes the first of the couplings that is not the other replica's; else how many there are."""
+    for index, (kind, names) in enumerate(mine):
+        theirs = other[index] if index < len(other) else None
+        if theirs is not None and theirs != [kind, names]:
+            if kind == "_MockOptimizer":  # Lightning's, where configure_optimizers returned None
+                return "none"
+            own = [name for name in names if name not in theirs[1]]
+            return f"{kind} for {len(names)} parameters" + (f", {own[0]!r} among them" if own else "")
+    return f"{len(mine)} optimizer{'' if len(mine) == 1 else 's'}"
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd._resume import Resumption, differences
 from lightning_easgd._seams import callbacks_of, is_a, missing, verify
-from lightning_easgd._start import check_same_parameters, start_from_rank_0
+from lightning_easgd._start import check_same_couplings, check_same_parameters, start_from_rank_0
 from lightning_easgd._steps import Steps
 from lightning_easgd.algorithms import EASGD, Algorithm
 from lightning_easgd.averages import CenterAverage
@@ -556,6 +556,7 @@ class ElasticStrategy(_DDPStrategy):
                 replica=self.replica,
                 num_replicas=self.num_replicas,
                 seed=seed,
+                timeout=self._wait,
                 patch=self._patch,
                 ahead=self.num_nodes > 1,
             )
@@ -595,6 +596,8 @@ class ElasticStrategy(_DDPStrategy):
                     "optimizer that it wraps from configure_optimizers"
                 )
         coupled = self._coupled_parameters()
+        trained = [(type(optimizer).__name__, parameters) for optimizer, parameters in coupled]
+        check_same_couplings(trained, self._rendezvous.roll_call, self.layout)
         self._line = self._open_line(len(coupled))
         for index, (optimizer, parameters) in enumerate(coupled):
             vector = ParameterVector(parameters.values(), device=self.root_device)
@@ -854,11 +857,11 @@ class ElasticStrategy(_DDPStrategy):
                 self._set_received_sigterm()
         self._dump = None
 
-    def _patch(self, owner: object, name: str, value: Callable[..., Any]) -> None:
-        """Hides a method of one object by ``value`` until teardown, which puts back what the object itself had there.
+    def _patch(self, owner: object, name: str, value: Any) -> None:
+        """Hides an attribute of one object by ``value`` until teardown, which puts back what the object itself had.
 
         Raises:
-            RuntimeError: the object has no such method, in this version of Lightning.
+            RuntimeError: the object has no such attribute, in this version of Lightning.
         """
         if not hasattr(owner, name):
             raise missing(f"{type(owner).__name__}.{name}", self._lightning_version)
@@ -1258,10 +1261,14 @@ class ElasticStrategy(_DDPStrategy):
         if self._free_running is None:
             self._meet(END_OF_EPOCH)
             on_advance_end()
-            # Who has made all its steps, or was told to stop, ends training for all.
-            [ends] = self._agree(self._wants_end or self._trainer.should_stop or has_used_up)
-            if ends and not has_used_up:
+            wants_end = self._wants_end or self._trainer.should_stop
+            may_end = wants_end and self._trainer.fit_loop._can_stop_early
+            # A rank that has made all its steps, or was told to stop, ends training for all.
+            wants_end, ends = self._agree(wants_end or has_used_up, may_end or has_used_up)
+            if wants_end and not has_used_up:
                 self._trainer.should_stop = self._end_is_agreed = True
+            if ends:
+                self._end_before_minimum()
             return
         if self._is_leaving:  # Lightning leaves it to the epoch's end after the last batch
             raise self._sigterm_exception()
@@ -1276,6 +1283,17 @@ class ElasticStrategy(_DDPStrategy):
             return
         on_advance_end()
         self._part()
+
+    def _end_before_minimum(self) -> None:
+        """Lets a request to stop end training here although ``min_epochs`` or ``min_steps`` is not reached.
+
+        With streams of different length another rank has reached it, or its last step: it ends, and is not there any
+        more for what all do together.
+        """
+        assert self._trainer is not None
+        fit_loop = self._trainer.fit_loop
+        self._patch(fit_loop, "min_epochs", None)
+        self._patch(fit_loop.epoch_loop, "min_steps", None)
 
     def _train(self, run: Callable[[], None]) -> None:
         """Lightning's own, which calls no hook of its end where nothing is left to do."""
@@ -1662,8 +1680,9 @@ class ElasticStrategy(_DDPStrategy):
         if self._stopped_together and self._free_running is not None and self._free_running.at_rest:
             self._part()  # replica 0 may have saved a checkpoint
         if self._rendezvous is not None and not isinstance(exception, self._sigterm_exception):
-            first = self._rendezvous.report_failure(f"{type(exception).__name__}: {exception}")
-            if first is not None and first not in str(exception):
+            own = f"{type(exception).__name__}: {exception}"
+            first = self._rendezvous.report_failure(own)
+            if first is not None and first not in own and own not in first:  # not if all fail by the same
                 # This process only lost its peer; the user wants to know why.
                 exception.args = (f"{exception}\nAnother process failed first: {first}",)
 

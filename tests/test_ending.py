@@ -392,6 +392,43 @@ def test_streams_of_different_length_with_evaluations_inside_the_epoch(lengths):
     assert losses[0] == losses[1]
 
 
+def _shortest(replica: int, lengths: list[int], limits: dict[str, int], stops_at: int | None) -> Any:
+    at_start = []
+
+    class Stop(modules.pytorch_lightning.Callback):
+        def on_train_start(self, trainer, *_):
+            at_start.append((trainer.fit_loop.min_epochs, trainer.fit_loop.min_steps))
+
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == stops_at:
+                trainer.should_stop = True
+
+    module = Regression()
+    t = trainer(strategy=EASGDStrategy(EASGD(period=2)), callbacks=[Stop()], **{"max_epochs": 8, **limits})
+    t.fit(module, DataLoader(Stream([4 * n for n in lengths]), batch_size=4))
+    is_kept = [(t.fit_loop.min_epochs, t.fit_loop.min_steps)] == at_start
+    return t.current_epoch, t.global_step, is_kept, flat(module)
+
+
+@pytest.mark.parametrize(
+    ("limits", "stops_at", "steps"),
+    [
+        ({"max_steps": 10, "min_epochs": 3}, None, [10, 5]),
+        ({"min_steps": 13}, 3, [13, 10]),  # the replica with more steps reaches the minimum
+        ({"min_epochs": 2}, 3, [22, 10]),
+        ({"min_epochs": 2, "max_steps": 30}, 3, [22, 10]),
+    ],
+    ids=str,
+)
+def test_what_ends_training_on_one_rank_ends_it_on_all_whatever_the_minimum(limits, stops_at, steps):
+    results = run_replicas(_shortest, 2, [11, 5], limits, stops_at)
+    assert [result[1] for result in results] == steps
+    assert results[0][0] == results[1][0]
+    for _, _, is_kept, center in results:
+        assert is_kept  # the Trainer's own minimum
+        assert torch.equal(center, results[0][3])
+
+
 def test_reasons_that_do_not_fit_together_are_named():
     assert meets(["an evaluation"] * 2, "an evaluation") is True
     assert meets(["an evaluation", "the end of an epoch"], "an evaluation") is False

@@ -3,6 +3,7 @@
 import csv
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 import torchmetrics
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_easgd import EASGD, EASGDStrategy, SharedMemory
+from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, TransportError
+from lightning_easgd._free_running import FreeRunning
 from lightning_easgd.checkpoint import ReplicaFile
 from tests import modules
 from tests.helpers import TIMEOUT, run_replicas
@@ -519,3 +521,30 @@ def test_a_shared_epoch_goes_on_after_as_many_batches_as_all_had_done(tmp_path):
     rest = run_replicas(_save_in_epoch, 2, str(tmp_path / "again"), str(tmp_path / "step=14.ckpt"))
     assert sum(rest) == 40 - (14 + 4)
     assert min(whole) > 4
+
+
+class _Still:
+    """A rendezvous in which nobody fails and nobody moves."""
+
+    def __init__(self) -> None:
+        self.store = dist.HashStore()
+
+    def progress_of_all(self) -> list[int]:
+        return [3, 3]
+
+    def raise_if_failed(self) -> None:
+        pass
+
+
+def test_a_checkpoint_that_the_others_do_not_come_to_is_an_error_that_names_them():
+    def one(rank: int) -> FreeRunning:
+        return FreeRunning([], _Still(), rank=rank, world_size=2, timeout=timedelta(seconds=0.3))
+
+    with pytest.raises(
+        TransportError, match=r"rank 0 waits until all have written their files, but \[1\] did not move"
+    ):
+        one(0).request_files("a.ckpt", "save", [])
+    with pytest.raises(
+        TransportError, match=r"rank 1 waits until replica 0 saves a checkpoint, but \[0\] did not move"
+    ):
+        one(1).serve(lambda *_: None, wait=True)

@@ -123,27 +123,51 @@ if __name__ == "__main__":
 """
 
 
+FORKS = """
+import os, runpy, sys
+import tests.preload  # once for all of them
+
+for number, ends in enumerate(sys.argv[2:]):
+    ranks = {}
+    for rank in range(2):
+        process = os.fork()
+        if process == 0:
+            os.environ |= {"MASTER_PORT": sys.argv[1].split(",")[number], "LOCAL_RANK": str(rank), "RANK": str(rank)}
+            sys.argv[:] = ["script.py", ends]
+            os.dup2(os.open(f"said-{number}-{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+            runpy.run_path("script.py", run_name="__main__")
+            sys.exit()  # as any interpreter does: this is its main thread, and nobody waits above it
+        ranks[process] = rank
+    codes = [0, 0]
+    for process, rank in ranks.items():
+        codes[rank] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    print(*codes, flush=True)
+"""
+
+
 def test_jobs_end_with_their_own_exit_codes(tmp_path):
     """What aborts once in a few runs if torch's threads are not waited for. ``tests/soak.py`` runs many more."""
     (tmp_path / "script.py").write_text(END)
+    ends = ("0", "0", "3", "raise")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0"}
-    for ends, expected in (("0", 0), ("0", 0), ("3", 3), ("raise", 1)):
-        env["MASTER_PORT"] = str(free_port())
-        both = [
-            subprocess.Popen(
-                [sys.executable, "script.py", ends],
-                cwd=tmp_path,
-                env={**env, "LOCAL_RANK": str(rank), "RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        said = [process.communicate(timeout=COMMAND_S)[1] for process in both]
-        assert [process.returncode for process in both] == [expected] * 2, said
-        assert not any("atexit" in words for words in said), said
-        assert all(("the script's own" in words) == (ends == "raise") for words in said)
+    ports = ",".join(str(free_port()) for _ in ends)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, ports, *ends],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_S,
+    )
+    assert [line.split() for line in done.stdout.splitlines()[-4:]] == [["0"] * 2, ["0"] * 2, ["3"] * 2, ["1"] * 2], (
+        done
+    )
+    for number, end in enumerate(ends):
+        for rank in range(2):
+            words = (tmp_path / f"said-{number}-{rank}.txt").read_text()
+            assert "atexit" not in words
+            assert ("the script's own" in words) == (end == "raise")
 
 
 @pytest.mark.parametrize("name", ["easgd_fork", pytest.param("easgd_spawn", marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """Lightning's private names: all that this package touches stand in one table, and are looked for at setup."""
 
 import ast
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,7 @@ def glue() -> list[Path]:
     return [path for path in sorted(ROOT.glob("*.py")) if path.name != "simulation.py"]
 
 
+@functools.cache
 def own_names() -> set[str]:
     """Returns what the package itself defines: methods, functions, attributes that it assigns."""
     names: set[str] = set()

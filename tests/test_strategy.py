@@ -437,6 +437,44 @@ def test_replicas_that_differ_are_named(change, text):
         assert text in message
 
 
+class _Optimizers(Regression):
+    """Replica 1 returns something else from configure_optimizers."""
+
+    def __init__(self, replica: int, change: str) -> None:
+        super().__init__()
+        self.replica, self.change = replica, change
+
+    def configure_optimizers(self) -> Any:
+        if self.replica == 0:
+            return super().configure_optimizers()
+        if self.change == "part":
+            return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+        return {"none": None, "kind": torch.optim.Adam(self.parameters())}[self.change]
+
+
+def _different_optimizers(replica: int, change: str, strategy: str) -> Any:
+    try:
+        trainer(strategy=strategy).fit(_Optimizers(replica, change), loader())
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("strategy", ["easgd", "easgd_async"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("none", "replica 1 has none, where replica 0 has SGD for 4 parameters, 'net.0.weight' among them"),
+        ("part", "replica 1 has SGD for 2 parameters, where replica 0 has SGD for 4 parameters, 'net.2.weight' among "
+                 "them"),
+        ("kind", "replica 1 has Adam for 4 parameters, where replica 0 has SGD for 4 parameters"),
+    ],
+)  # fmt: skip
+def test_replicas_whose_optimizers_differ_are_named(change, text, strategy):
+    expected = f"EASGDStrategy: configure_optimizers must return the same on all replicas, but {text}"
+    assert run_replicas(_different_optimizers, 2, change, strategy) == [expected] * 2
+
+
 def _sync_batchnorm(replica: int) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -7,9 +7,39 @@ from datetime import timedelta
 from lightning_easgd.communication._c10d import Store
 from lightning_easgd.communication._transport import TransportError
 
-__all__ = ["RollCall"]
+__all__ = ["RollCall", "gather"]
 
 _SHORTEST_S, _LONGEST_S = 0.001, 0.05  # between two looks at the store
+
+
+def gather(
+    store: Store, topic: str, mine: str, *, replica: int, num_replicas: int, timeout: timedelta, purpose: str
+) -> list[str]:
+    """Waits for all replicas and returns what each has brought, in their order. Collective and blocking.
+
+    Args:
+        store: used with the caller's prefix.
+        topic: of this one gathering, the same in all replicas.
+        mine: what this replica brings.
+        replica: this one.
+        num_replicas: how many there are.
+        timeout: the longest wait.
+        purpose: what all do, as in "it could not ...".
+
+    Raises:
+        TransportError: not all came within the timeout; names who is missing.
+    """
+    keys = [f"{topic}/{r}" for r in range(num_replicas)]
+    store.set(keys[replica], mine)
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        missing = [r for r, key in enumerate(keys) if not store.check([key])]
+        raise TransportError(
+            f"replica {replica} of {num_replicas} could not {purpose}: {missing} did not come within "
+            f"{timeout.total_seconds():.0f} s"
+        ) from error
+    return [store.get(key).decode() for key in keys]
 
 
 class RollCall:

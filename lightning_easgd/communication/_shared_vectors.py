@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.communication._c10d import Store
+from lightning_easgd.communication._roll_call import gather
 from lightning_easgd.communication._wire import blocks
 from lightning_easgd.rules import CenterRule
 
@@ -88,7 +89,8 @@ class SharedVectors:
             timeout: the longest wait.
 
         Raises:
-            RuntimeError: not all came in time, or one has other vectors; in every replica.
+            TransportError: not all came in time; names who is missing.
+            RuntimeError: one has other vectors; in every replica.
         """
         token, own, files, vectors, why_not = secrets.token_bytes(_TOKEN), -1, [], None, ""
         try:
@@ -193,10 +195,10 @@ def _weighted_sum(vectors: Sequence[Tensor], factors: Sequence[float], out: Tens
 
 def _tell_all(store: Store, what: str, value: Any, replica: int, num_replicas: int, timeout: timedelta) -> list[Any]:
     """Returns what all replicas say, as soon as all have."""
-    keys = [f"{what}/{r}" for r in range(num_replicas)]
-    store.set(keys[replica], json.dumps(value))
-    store.wait(keys, timeout)
-    return [json.loads(store.get(key)) for key in keys]
+    purpose = "agree on memory to sum through"
+    own = json.dumps(value)
+    told = gather(store, what, own, replica=replica, num_replicas=num_replicas, timeout=timeout, purpose=purpose)
+    return [json.loads(text) for text in told]
 
 
 def _stride(numel: int, dtype: torch.dtype) -> int:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from lightning_easgd.communication._c10d import PrefixStore, Store
 from lightning_easgd.communication._host import host_identity
+from lightning_easgd.communication._roll_call import gather
 from lightning_easgd.communication._session import Wire
-from lightning_easgd.communication._transport import OpenCenter, Transport, TransportError, check_open
+from lightning_easgd.communication._transport import OpenCenter, Transport, check_open
 from lightning_easgd.communication.parameter_server import ParameterServer
 from lightning_easgd.communication.shared_memory import SharedMemory
 from lightning_easgd.rules import CenterRule
@@ -56,17 +57,16 @@ class Asynchronous(Transport):
     ) -> OpenCenter:
         """Opens the center; see ``Transport.open``."""
         check_open(self, initial, replica, num_replicas, rule)
-        keys = [f"host/{r}" for r in range(num_replicas)]
-        store.set(keys[replica], host_identity())
-        try:
-            store.wait(keys, timeout)
-        except RuntimeError as error:
-            missing = [r for r, key in enumerate(keys) if not store.check([key])]
-            raise TransportError(
-                f"replica {replica} of {num_replicas} could not open the center: {missing} did not come within "
-                f"{timeout.total_seconds():.0f} s"
-            ) from error
-        is_one_host = len({store.get(key) for key in keys}) == 1
+        hosts = gather(
+            store,
+            "host",
+            host_identity(),
+            replica=replica,
+            num_replicas=num_replicas,
+            timeout=timeout,
+            purpose="open the center",
+        )
+        is_one_host = len(set(hosts)) == 1
         transport: Transport = SharedMemory() if is_one_host else self._server
         return transport.open(
             initial,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning_easgd.communication import TransportError, _rendezvous
 from lightning_easgd.communication._contact import Line, listen
 from lightning_easgd.communication._rendezvous import Rendezvous
-from lightning_easgd.communication._roll_call import RollCall
+from lightning_easgd.communication._roll_call import RollCall, gather
 from tests.helpers import CONTEXT, PROCESSES_S, SOON_S, TIMEOUT, _start_server, run_replicas, run_threads
 
 POLL = timedelta(milliseconds=20)
@@ -239,6 +239,13 @@ def test_a_roll_call_names_who_is_missing_and_ends_when_it_is_pointless():
         mine.gather("agree", "")
     with pytest.raises(RuntimeError, match="a peer failed"):
         RollCall(dist.HashStore(), rank=1, world_size=3, timeout=TIMEOUT, check=failed).gather("agree", "")
+
+
+def test_a_gathering_names_who_is_missing():
+    with pytest.raises(TransportError, match=r"replica 1 of 3 could not agree: \[0, 2\] did not come within 0 s"):
+        gather(
+            dist.HashStore(), "topic", "", replica=1, num_replicas=3, timeout=timedelta(seconds=0.2), purpose="agree"
+        )
 
 
 def _without_descriptors(replica: int) -> bool:
