@@ -724,7 +724,8 @@ class _DeviceCenter(_ReplicatedCenter):
     def _give_back(self, launch: _Launch) -> None:
         if launch is self._launched and launch.is_lent:
             launch.is_lent, launch.in_place = False, True
-            self.enqueue_rest()
+            with self._failing():
+                self.enqueue_rest()
 
     def enqueue_rest(self) -> None:
         """Enqueues what is left of the exchange that has begun; for an abstention the host waits for its header."""
@@ -805,10 +806,15 @@ class _DeviceCenter(_ReplicatedCenter):
             self._launched, self._failed = None, True
             if self._group is not None:
                 self._group.revoke()  # before NCCL's own watch ends the process
+            self._come_after()
             raise TransportError(
                 f"replica {self.replica} of {self.num_replicas}: an all-reduce did not complete and was not applied: "
                 f"{error}"
             ) from error
+
+    def _come_after(self) -> None:
+        """Lets the caller's stream wait for ours, whose operations have been given up: memory is freed in its order."""
+        torch.cuda.current_stream(self._value.device).wait_stream(self._stream)
 
     def drain(self, timeout: timedelta | None = None) -> None:
         launch = self._launched
@@ -843,10 +849,13 @@ class _DeviceCenter(_ReplicatedCenter):
         group = self._group
         if self._place is not None:
             self._place.forget(self)
-        if group is not None and launch is not None:
-            group.revoke()
         self._timed.clear()
-        super().close()
+        try:
+            if group is not None and launch is not None:
+                group.revoke()
+                self._come_after()
+        finally:
+            super().close()
 
 
 def _record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
