@@ -615,6 +615,33 @@ def test_an_exchange_that_is_given_up_frees_nothing_that_the_device_still_uses()
     assert findings.problems() == []
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_launch_after_the_communicator_was_aborted_is_a_transport_error(begins):
+    """As NCCL's own watch does where a peer is lost: before an exchange begins, or between its two halves."""
+
+    def body(rank: int, store: dist.Store) -> None:
+        initial = torch.zeros(1000).to(torch.device("cuda", rank))  # more chunks than lanes
+        center = AllReduce().open(initial, replica=rank, num_replicas=2, rule=Addition(), store=store, timeout=T)
+        pending = center.exchange(center.borrow().fill_(1.0), torch.Tensor.sub_, scale=0.5)
+        pending.wait()
+        if begins:
+            pending.done()
+            center.drain()
+        meet(store, "launched", 2)
+        if rank == 0:
+            store.wait(["aborted"], T)
+            with pytest.raises(TransportError, match=r"replica 0 of 2.*aborted"):
+                center.push(torch.ones_like(initial), read_at=0) if begins else pending.done()
+        else:
+            center._group.revoke()
+            store.set("aborted", "")
+        center.close()
+
+    with pretend_cuda(lag="streams") as findings:
+        run_ranks(body, 2)
+    assert findings.problems() == []
+
+
 @pytest.mark.real_chunks
 @pytest.mark.parametrize("late", [False, True])
 def test_more_than_four_million_parameters(late):

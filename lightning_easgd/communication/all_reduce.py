@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -686,13 +686,14 @@ class _DeviceCenter(_ReplicatedCenter):
         """Starts an exchange; of an abstention the header alone, since what follows it depends on the others'."""
         assert self._group is not None
         if self._place is not None:
-            self._place.begin(self)
+            with self._failing():
+                self._place.begin(self)
         self._outgoing.fill_(0 if delta is None else 1)
         self._outgoing[_LEAD:-1].copy_(self.announcement)
         launch = self._launched = _Launch(delta, scale, is_lent=is_lent)
         stream = self._stream
         _record(launch.begun, torch.cuda.current_stream(self._value.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with self._failing(), torch.no_grad(), torch.cuda.stream(stream):
             stream.wait_event(launch.begun)
             self._numbers.copy_(self._outgoing, non_blocking=True)
             if finite is not None:
@@ -724,8 +725,7 @@ class _DeviceCenter(_ReplicatedCenter):
     def _give_back(self, launch: _Launch) -> None:
         if launch is self._launched and launch.is_lent:
             launch.is_lent, launch.in_place = False, True
-            with self._failing():
-                self.enqueue_rest()
+            self.enqueue_rest()
 
     def enqueue_rest(self) -> None:
         """Enqueues what is left of the exchange that has begun; for an abstention the host waits for its header."""
@@ -737,13 +737,14 @@ class _DeviceCenter(_ReplicatedCenter):
             self._other = torch.empty_like(self._value)
         lanes, chunks = self._ready_lanes(), self._layout.chunks
         if launch.delta is None:
-            self._hear(launch, self._timeout)
+            with self._failing():
+                self._hear(launch, self._timeout)
             if self._heard[0] == 0:
                 chunks = []
         launch.is_enqueued = True
         stream, given = self._stream, new_event()
         _record(given, torch.cuda.current_stream(self._value.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with self._failing(), torch.no_grad(), torch.cuda.stream(stream):
             stream.wait_event(given)
             if launch.delta is None:
                 for chunk, lane in zip(chunks, lanes, strict=False):
@@ -802,11 +803,14 @@ class _DeviceCenter(_ReplicatedCenter):
     def _failing(self) -> Iterator[None]:
         try:
             yield
+        except TransportError:
+            raise
         except RuntimeError as error:
             self._launched, self._failed = None, True
             if self._group is not None:
                 self._group.revoke()  # before NCCL's own watch ends the process
-            self._come_after()
+            with suppress(RuntimeError):  # a device that has failed itself runs nothing more
+                self._come_after()
             raise TransportError(
                 f"replica {self.replica} of {self.num_replicas}: an all-reduce did not complete and was not applied: "
                 f"{error}"
@@ -853,7 +857,8 @@ class _DeviceCenter(_ReplicatedCenter):
         try:
             if group is not None and launch is not None:
                 group.revoke()
-                self._come_after()
+                with suppress(RuntimeError):  # as above
+                    self._come_after()
         finally:
             super().close()
 
