@@ -646,7 +646,7 @@ def test_a_launch_after_the_communicator_was_aborted_is_a_transport_error(begins
 @pytest.mark.parametrize("late", [False, True])
 def test_more_than_four_million_parameters(late):
     """The default chunks, with the default wire: the delta must be whole until the device has read it."""
-    scenario = Scenario(shapes=(((2_500_000,), (2, 1_300_000)),), steps=3, late=late)
+    scenario = Scenario(shapes=(((2_500_000,), (2, 900_000)),), steps=2, late=late)
     check(scenario, "caller")
 
 
