@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -686,13 +686,14 @@ class _DeviceCenter(_ReplicatedCenter):
         """Starts an exchange; of an abstention the header alone, since what follows it depends on the others'."""
         assert self._group is not None
         if self._place is not None:
-            self._place.begin(self)
+            with self._failing():
+                self._place.begin(self)
         self._outgoing.fill_(0 if delta is None else 1)
         self._outgoing[_LEAD:-1].copy_(self.announcement)
         launch = self._launched = _Launch(delta, scale, is_lent=is_lent)
         stream = self._stream
         _record(launch.begun, torch.cuda.current_stream(self._value.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with self._failing(), torch.no_grad(), torch.cuda.stream(stream):
             stream.wait_event(launch.begun)
             self._numbers.copy_(self._outgoing, non_blocking=True)
             if finite is not None:
@@ -736,13 +737,14 @@ class _DeviceCenter(_ReplicatedCenter):
             self._other = torch.empty_like(self._value)
         lanes, chunks = self._ready_lanes(), self._layout.chunks
         if launch.delta is None:
-            self._hear(launch, self._timeout)
+            with self._failing():
+                self._hear(launch, self._timeout)
             if self._heard[0] == 0:
                 chunks = []
         launch.is_enqueued = True
         stream, given = self._stream, new_event()
         _record(given, torch.cuda.current_stream(self._value.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with self._failing(), torch.no_grad(), torch.cuda.stream(stream):
             stream.wait_event(given)
             if launch.delta is None:
                 for chunk, lane in zip(chunks, lanes, strict=False):
@@ -801,14 +803,22 @@ class _DeviceCenter(_ReplicatedCenter):
     def _failing(self) -> Iterator[None]:
         try:
             yield
+        except TransportError:
+            raise
         except RuntimeError as error:
             self._launched, self._failed = None, True
             if self._group is not None:
                 self._group.revoke()  # before NCCL's own watch ends the process
+            with suppress(RuntimeError):  # a device that has failed itself runs nothing more
+                self._come_after()
             raise TransportError(
                 f"replica {self.replica} of {self.num_replicas}: an all-reduce did not complete and was not applied: "
                 f"{error}"
             ) from error
+
+    def _come_after(self) -> None:
+        """Lets the caller's stream wait for ours, whose operations have been given up: memory is freed in its order."""
+        torch.cuda.current_stream(self._value.device).wait_stream(self._stream)
 
     def drain(self, timeout: timedelta | None = None) -> None:
         launch = self._launched
@@ -843,10 +853,14 @@ class _DeviceCenter(_ReplicatedCenter):
         group = self._group
         if self._place is not None:
             self._place.forget(self)
-        if group is not None and launch is not None:
-            group.revoke()
         self._timed.clear()
-        super().close()
+        try:
+            if group is not None and launch is not None:
+                group.revoke()
+                with suppress(RuntimeError):  # as above
+                    self._come_after()
+        finally:
+            super().close()
 
 
 def _record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
