@@ -489,11 +489,13 @@ class _ObservedCenter:
         self.replica = coupling.center.replica
         self.measured: dict[str, Any] | None = None
 
-    def tell(self, numbers: Sequence[float]) -> None:
-        size = self._coupling.algorithm.num_told
+    def tell(self, numbers: Sequence[float] | Tensor) -> None:
+        center, size = self._coupling.center, self._coupling.algorithm.num_told
         first = num_slots(self.num_replicas) + self.replica * size
-        row = torch.tensor(numbers, dtype=self._coupling.center.announcement.dtype)
-        self._coupling.center.announcement[first : first + size] = row
+        if isinstance(numbers, Tensor):
+            center.announce_late(first, numbers.to(center.announcement.dtype))
+        else:
+            center.announcement[first : first + size] = torch.tensor(numbers, dtype=center.announcement.dtype)
 
     def told(self) -> Tensor:
         told = self._coupling.center.announced[num_slots(self.num_replicas) :]

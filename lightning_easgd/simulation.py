@@ -435,7 +435,7 @@ class _Handle:
         self._center = center
         self._scratch: Tensor | None = None
 
-    def tell(self, numbers: Sequence[float]) -> None:
+    def tell(self, numbers: Sequence[float] | Tensor) -> None:
         self._center.tell(self.replica, numbers)
 
     def told(self) -> Tensor:
@@ -503,9 +503,9 @@ class SynchronousCenter:
         """Returns whether the replica has pushed to a round that is not complete: a pull would wait for the others."""
         return replica in self._round
 
-    def tell(self, replica: int, numbers: Sequence[float]) -> None:
+    def tell(self, replica: int, numbers: Sequence[float] | Tensor) -> None:
         """Sets what the replica tells the others with its next push, and from then on."""
-        self._next_rows[replica] = tuple(numbers)
+        self._next_rows[replica] = tuple(float(number) for number in numbers)
 
     def told(self) -> Tensor:
         """Returns (num_replicas, num_told), what was told in the last complete round."""
@@ -573,9 +573,9 @@ class AsynchronousCenter:
         _require_unwritten(self._value, self._version)
         return self._value
 
-    def tell(self, replica: int, numbers: Sequence[float]) -> None:
+    def tell(self, replica: int, numbers: Sequence[float] | Tensor) -> None:
         """Sets what the replica tells the others with its next push, and from then on."""
-        self._next_rows[replica] = tuple(numbers)
+        self._next_rows[replica] = tuple(float(number) for number in numbers)
 
     def told(self) -> Tensor:
         """Returns (num_replicas, num_told), what each has told with its last push."""
@@ -661,8 +661,8 @@ class _Link:
         self.is_updated = True
         self._local_update()
 
-    def tell(self, numbers: Sequence[float]) -> None:
-        self._numbers = numbers
+    def tell(self, numbers: Sequence[float] | Tensor) -> None:
+        self._numbers = [float(number) for number in numbers]
 
     def told(self) -> Tensor:
         return self._center.told()
@@ -1106,7 +1106,7 @@ class LockStep:
             if observe is not None:
                 observe(t + 1)
 
-    def tell(self, numbers: Sequence[float]) -> None:
+    def tell(self, numbers: Sequence[float] | Tensor) -> None:
         """Takes the no numbers of an algorithm that tells nothing."""
         del numbers
 

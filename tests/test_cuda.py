@@ -460,8 +460,7 @@ def test_groups_of_ranks(scenario, lag):
     check(scenario, lag, waits_at_most=len(scenario.shapes) if scenario.transport.synchronous else None)
 
 
-# At most one wait a step for each coupling that begins or completes an exchange, none in the steps between. (LSGD has
-# one at both: the losses that it tells when it begins one are on the device.)
+# At most one wait a step for each coupling that begins or completes an exchange, none in the steps between.
 SEVERAL = {
     "LSGD": Scenario(algorithm=partial(LSGD, period=2), shapes=(((100,),), ((51,),), ((1,),)), steps=7, late=True),
     "Parle": Scenario(algorithm=partial(Parle, period=2), shapes=(((100,),), ((51,),)), steps=5, late=True),
@@ -474,6 +473,14 @@ SEVERAL = {
 @parametrize(SEVERAL)
 def test_several_couplings_and_groups_wait_once_for_each(scenario):
     check(scenario, "caller", waits_at_most=len(scenario.shapes))
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_lsgd_tells_losses_that_are_on_the_device_without_waiting_for_them(members):
+    scenario = Scenario(members=members, algorithm=partial(LSGD, period=3), steps=12)
+    for outcome in check(scenario, "caller", waits_at_most=1):
+        begins = [waits for step, (waits, _) in enumerate(outcome.waits) if step % 3 == 2]
+        assert begins == [0] * 4  # the host waits when an exchange is completed, in the step after
 
 
 ASYNCHRONOUS = {

@@ -61,8 +61,11 @@ class Center(Protocol):
     num_replicas: int
     replica: int
 
-    def tell(self, numbers: Sequence[float]) -> None:
-        """Sets what this replica tells all others with each exchange from the next one on: ``num_told`` numbers."""
+    def tell(self, numbers: Sequence[float] | Tensor) -> None:
+        """Sets what this replica tells all others with each exchange from the next one on: ``num_told`` numbers.
+
+        A tensor on the center's device is not read by the host, which need not wait for it.
+        """
         ...
 
     def told(self) -> Tensor:

@@ -165,13 +165,21 @@ class LSGD(Algorithm):
                 f"{self!r}: two periods are over and no training loss was observed; return it from training_step, "
                 "which manual optimization need not do, or take a method without a leader: 'local_sgd', 'easgd'"
             )
-        loss = float(self._loss_sum) / self._num_losses if self._num_losses else math.nan
+        center.tell(self._losses())
         self._forget_losses()
-        center.tell([1.0, loss, self._leads] if math.isfinite(loss) else [0.0, 0.0, self._leads])
         delta = self._buffer = replica.read(out=self._buffer).sub_(leader)
         if not self._leads:
             delta.mul_(0.0)  # what is not finite stays so: a follower that has diverged is found like a leader
         center.push(delta, read_at=self._read_at)  # c <- x^l
+
+    def _losses(self) -> Tensor | list[float]:
+        """Returns whether the period's mean loss is known, that or 0, and whether this replica leads; on its device."""
+        loss = self._loss_sum / self._num_losses if self._num_losses else math.nan
+        if isinstance(loss, Tensor):
+            known = loss.isfinite()
+            leads = torch.full_like(loss, self._leads)
+            return torch.stack([known.to(loss.dtype), torch.where(known, loss, 0.0), leads])
+        return [1.0, loss, self._leads] if math.isfinite(loss) else [0.0, 0.0, self._leads]
 
     def hyperparameters(self, num_replicas: int) -> dict[str, Any]:
         """Returns algorithm, period and both rates."""

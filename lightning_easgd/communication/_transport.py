@@ -169,7 +169,7 @@ class OpenCenter(ABC):
         """Reads the center and adds to it as one. See ``Center.exchange``; raises like ``push``."""
 
     def announce_late(self, first: int, numbers: Tensor) -> None:
-        """Announces numbers that are on the center's device, with the next push or abstention.
+        """Announces numbers that are on the center's device, from the next push or abstention on.
 
         Args:
             first: the slot of the first of them.

@@ -583,12 +583,14 @@ class _Launch:
         has_landed: whether the center is the new one, in the order of the caller's stream.
         is_heard: whether the host has waited for its header.
         kept: what the device may still read.
+        late: what was announced on the device, (slot, numbers), for the host as soon as it has heard the header.
     """
 
     def __init__(self, delta: Tensor | None, scale: float, *, is_lent: bool) -> None:
         self.delta, self.scale, self.is_lent, self.in_place = delta, scale, is_lent, not is_lent
         self.is_enqueued = self.is_heard = self.has_landed = False
         self.kept: list[Tensor] = []
+        self.late: list[tuple[int, Tensor]] = []
         # In the order of the caller's stream: the delta is there; its end is asked for. In ours: header and center are.
         self.begun, self.asked = new_event(timed=True), new_event(timed=True)
         self.heard, self.arrived = new_event(), new_event(timed=True)
@@ -620,7 +622,7 @@ class _DeviceCenter(_ReplicatedCenter):
         self._stream = new_stream(initial.device) if place is None else place.line.stream
         self._place = place
         self._launched: _Launch | None = None
-        self._late: tuple[int, Tensor] | None = None
+        self._late: list[tuple[int, Tensor]] = []
         self._timed: deque[_Launch] = deque(maxlen=_NUM_TIMED)
         self._is_refused = False
         super().__init__(initial, replica, num_replicas, rule, store, timeout, num_slots, wire, shared_memory, place)
@@ -635,7 +637,7 @@ class _DeviceCenter(_ReplicatedCenter):
         return self._numbers[:-1]
 
     def announce_late(self, first: int, numbers: Tensor) -> None:
-        self._late = (first, numbers)
+        self._late.append((first, numbers))
 
     def borrow(self) -> Tensor:
         message = super().borrow()
@@ -700,11 +702,12 @@ class _DeviceCenter(_ReplicatedCenter):
                 launch.kept.append(finite)
                 self._numbers[1:2].copy_(finite)
                 self._numbers[-1:].copy_(finite)
-            late, self._late = self._late, None
-            if late is not None:
-                first, numbers = late
+            for first, numbers in self._late:
                 launch.kept.append(numbers)
                 self._numbers[_LEAD + first :][: numbers.numel()].copy_(numbers)
+                own = torch.empty(numbers.shape, dtype=self._outgoing.dtype, pin_memory=True)
+                launch.late.append((first, own.copy_(numbers, non_blocking=True)))
+            self._late.clear()
             heading = self._group.allreduce([self._header])
             if delta is not None:
                 for chunk, lane in zip(self._layout.chunks, self._ready_lanes(), strict=False):
@@ -835,6 +838,8 @@ class _DeviceCenter(_ReplicatedCenter):
         self._measure()
         heard = self._heard
         self._is_refused = self._is_refused or (adds and not heard[-1] > 0)
+        for first, numbers in launch.late:  # announced once more with what is sent next, until there are newer ones
+            self.announcement[first : first + numbers.numel()] = numbers
         self._note(heard[_LEAD:-1], int(heard[1]), int(heard[0]), adds=adds)
 
     def _measure(self) -> None:
