@@ -51,7 +51,7 @@ LATER = {
 
 
 def glue() -> list[Path]:
-    return [path for path in sorted(ROOT.glob("*.py")) if path.name != "simulation.py"]
+    return sorted(ROOT.glob("*.py"))
 
 
 @functools.cache

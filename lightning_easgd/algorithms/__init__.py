@@ -1,11 +1,11 @@
 """Algorithms: the loop of one replica, one file a method. They know the center, not where it lives."""
 
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Exchange, ProximalTerm, Replica, Snapshot
 from lightning_easgd.algorithms._local_entropy import annealed, nesterov_bound, outer_step_
 from lightning_easgd.algorithms._stability import stable_step_sizes
 from lightning_easgd.algorithms.adag import ADAG, damping
 from lightning_easgd.algorithms.admm import ADMM
 from lightning_easgd.algorithms.agn import AGN
+from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.algorithms.downpour import Downpour
 from lightning_easgd.algorithms.dynsgd import DynSGD
 from lightning_easgd.algorithms.eamsgd import EAMSGD
@@ -19,6 +19,7 @@ from lightning_easgd.algorithms.mdownpour import MDownpour
 from lightning_easgd.algorithms.overlap_local_sgd import OverlapLocalSGD
 from lightning_easgd.algorithms.parle import Parle
 from lightning_easgd.algorithms.streaming_diloco import StreamingDiLoCo
+from lightning_easgd.interfaces import Center, Exchange, ProximalTerm, Replica, Snapshot
 
 __all__ = [
     "ADAG",

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+from lightning_easgd.algorithms.base import Algorithm
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["Accumulation", "require_period"]
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd.algorithms._accumulation import require_period
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, ProximalTerm, Replica
+from lightning_easgd.algorithms.base import Algorithm
+from lightning_easgd.interfaces import Center, ProximalTerm, Replica
 
 __all__ = [
     "InnerRate",

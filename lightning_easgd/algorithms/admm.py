@@ -29,8 +29,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_easgd.algorithms._accumulation import require_period
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.gates import Gate, RoundRobin
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["ADMM"]
 

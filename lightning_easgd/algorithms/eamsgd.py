@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.algorithms.easgd import EASGD
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["EAMSGD"]
 

@@ -53,9 +53,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
 from lightning_easgd.algorithms._stability import Order, stable_step_sizes
+from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.algorithms.equilibrium import Equilibrium
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["EASGD", "displacement_"]
 

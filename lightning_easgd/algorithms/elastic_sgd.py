@@ -29,8 +29,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, ProximalTerm, Replica
 from lightning_easgd.algorithms._local_entropy import annealed, check_annealing, nesterov_bound, scoping_in_force
+from lightning_easgd.algorithms.base import Algorithm
+from lightning_easgd.interfaces import Center, ProximalTerm, Replica
 
 __all__ = ["ElasticSGD"]
 

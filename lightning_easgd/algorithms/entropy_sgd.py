@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.algorithms._interfaces import Center, Replica
 from lightning_easgd.algorithms._local_entropy import InnerRate, LocalEntropy, nesterov_bound
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["EntropySGD"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.algorithms._interfaces import Replica
+from lightning_easgd.interfaces import Replica
 
 __all__ = ["Equilibrium"]
 

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.algorithms._accumulation import require_period
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+from lightning_easgd.algorithms.base import Algorithm
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["LSGD", "elected"]
 

@@ -29,8 +29,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_easgd.algorithms._accumulation import require_period
-from lightning_easgd.algorithms._interfaces import Algorithm, Center, Replica
+from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.algorithms.easgd import displacement_
+from lightning_easgd.interfaces import Center, Replica
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
 
 __all__ = ["OverlapLocalSGD"]

@@ -40,7 +40,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms._interfaces import Center, Replica
 from lightning_easgd.algorithms._local_entropy import (
     InnerRate,
     LocalEntropy,
@@ -48,6 +47,7 @@ from lightning_easgd.algorithms._local_entropy import (
     nesterov_bound,
     outer_step_,
 )
+from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["Parle"]
 

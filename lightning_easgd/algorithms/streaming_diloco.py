@@ -34,8 +34,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_easgd.algorithms._accumulation import Accumulation
-from lightning_easgd.algorithms._interfaces import Center, Replica
 from lightning_easgd.algorithms.local_sgd import LocalSGD
+from lightning_easgd.interfaces import Center, Replica
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["StreamingDiLoCo"]

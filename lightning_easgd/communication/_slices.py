@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import AllgatherOptions, Group
 from lightning_easgd.communication._line import await_event, is_finite, new_event, new_stream
 from lightning_easgd.communication._transport import Completed, NonFiniteDeltaError, OpenCenter, TransportError
+from lightning_easgd.interfaces import Exchange, Snapshot
 
 __all__ = ["SlicedCenter", "open_sliced"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Store
+from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
 __all__ = [

@@ -30,7 +30,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, Work, new_group
 from lightning_easgd.communication._line import Place, await_event, elapsed_s, finite_or_zero_, new_event, new_stream
 from lightning_easgd.communication._shared_vectors import SharedVectors
@@ -54,6 +53,7 @@ from lightning_easgd.communication._wire import (
     bytes_of_ring,
     codec_of,
 )
+from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["AllReduce"]

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lightning_easgd import rules
-from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import PrefixStore, Store, TCPStore, new_group
 from lightning_easgd.communication._host import host_identity
 from lightning_easgd.communication._session import FAREWELL, Channel, Session, SessionServer, Terms, Wire
 from lightning_easgd.communication._transport import OpenCenter, Traffic, Transport, TransportError, check_open
 from lightning_easgd.communication.shared_memory import SharedCenter
+from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["ParameterServer", "connect", "decode_rule", "encode_rule"]

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_easgd.algorithms._interfaces import Exchange, Snapshot
 from lightning_easgd.communication._c10d import Store
 from lightning_easgd.communication._line import new_stream
 from lightning_easgd.communication._mapping import FREE_LOCK, Layout, Mapping
@@ -31,6 +30,7 @@ from lightning_easgd.communication._transport import (
     TransportError,
     check_open,
 )
+from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["SharedCenter", "SharedMemory"]
