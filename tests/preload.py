@@ -4,6 +4,7 @@ import gc
 import warnings
 
 import pytest  # noqa: F401
+import torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks  # noqa: F401  (Lightning does in its first fit)
 
 import tests.helpers
 import tests.modules  # noqa: F401
