@@ -199,8 +199,10 @@ class ElasticStrategy(_DDPStrategy):
             start_method: as for DDPStrategy.
             max_silence: how long a rank may stand still altogether, above 0, before the job is ended and it is named:
                 stopped by a signal, or in one call that holds Python's lock (a huge JSON file); and how long a job
-                waits for a rank that never comes when it starts. Default 5 minutes. A rank that dies is noticed by its
-                connection, within seconds, and a host that vanishes within about a minute.
+                waits, at most ``timeout``, for a rank that never comes when it starts, since it died in its imports
+                and its launcher does not say so. Default 5 minutes. A rank that has come and dies is noticed by its
+                connection, within seconds, and a host that vanishes within about a minute. Lightning's own launcher
+                ends all within seconds of any death, also in the imports.
             **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
                 as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
 
