@@ -5,8 +5,8 @@
     python -m tests.soak kill [--jobs 50] [--parallel 2] [--busy 2] [--seed 0] [--launcher popen]
         ends one process of a job by SIGKILL at a random moment of each kind, from its imports on to its leaving, both
         namespaces, synchronous and asynchronous; the others must end within the promised time, by an error unless
-        training was over. Nobody else kills them, or Lightning's own launcher has started them. 36 jobs have each
-        kind of moment with each namespace and transport once
+        training was over. Nobody else kills them, or Lightning's own launcher has started them. 72 jobs have each
+        kind of moment with each namespace, transport and rank once
 
 Prints a table; exits with 1 if a job misses what is promised.
 """
@@ -185,7 +185,7 @@ def run_kill(number: int, arguments: argparse.Namespace) -> tuple[str, str, bool
     rng = random.Random(f"{arguments.seed}/{number}")
     run = {"tests": _kill_replica, "popen": _kill_popen}[arguments.launcher]
     moment = MOMENTS[number // 4 % len(MOMENTS)]
-    culprit = rng.randrange(2)
+    culprit = (number + number // 2 + number // 36) % 2  # both at each kind of moment
     for again in range(20):
         with tempfile.TemporaryDirectory() as folder:
             holder = 1 if arguments.launcher == "popen" else culprit
@@ -208,7 +208,7 @@ def _wait_for(job: Job, rng: random.Random, is_over: Callable[[], bool]) -> floa
         if job.place(who) == wanted and not any(job.place(other) in ("nowhere", IMPORTS, SETUP) for other in others):
             break
         time.sleep(0.005)
-    after_s = rng.uniform(0, {TRAINING: RUNS_S, LEFT: 1.0}.get(job.moment, 0.4))
+    after_s = rng.uniform(0, {TRAINING: RUNS_S, EVALUATION: 0.1, LEFT: 1.0}.get(job.moment, 0.4))
     time.sleep(after_s)
     return after_s
 

@@ -49,8 +49,12 @@ def _dies_early(replica: int, culprit: int, where: str) -> None:
 @pytest.mark.parametrize("culprit", [0, 1])
 @pytest.mark.parametrize("where", ["coming", "default group"])
 def test_who_dies_before_the_default_group_stands_is_missed_at_once(culprit, where):
-    replicas = Replicas(_dies_early, 2, culprit, where, timeout=PROMISED_S + STANDSTILL_S)
-    codes = replicas.join()
+    replicas = Replicas(_dies_early, 2, culprit, where)
+    for process in replicas.processes:
+        process.join((PROMISED_S + STANDSTILL_S) / 2)  # far from where ``Replicas`` would end them, with exit code 1
+    codes = [process.exitcode for process in replicas.processes]
+    replicas._timeout = 1.0
+    replicas.join()
     assert codes[culprit] == -signal.SIGKILL
     assert codes[1 - culprit] == 1
     said = replicas.error(1 - culprit)
@@ -74,19 +78,25 @@ def test_who_comes_late_from_its_imports_is_waited_for():
     assert run_replicas(_comes_late, 2) == [8, 8]
 
 
-def _default_groups(replica: int) -> int:
+def _default_groups(replica: int, folder: str) -> int:
     """Trains, ends the default group, and trains again with another one."""
-    for _ in range(2):
+    for number in range(2):
         trainer().fit(Regression(), loader())
         dist.destroy_process_group()
+        Path(folder, f"{number}-{replica}").touch()
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        while not Path(folder, f"{number}-{1 - replica}").exists():  # a new group must not meet the old one's store
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     dist.init_process_group("gloo", rank=replica, world_size=2, timeout=TIMEOUT)
     trainer().fit(Regression(), loader())
     dist.destroy_process_group()
     return next(_notice._numbers)
 
 
-def test_each_default_group_has_a_notice_of_its_own():
-    assert run_replicas(_default_groups, 2) == [2, 2]
+def test_a_script_may_end_the_default_group_and_train_again(tmp_path):
+    """Each of them has a notice of its own, and a store without what an earlier one has left there."""
+    assert run_replicas(_default_groups, 2, str(tmp_path)) == [2, 2]
 
 
 def test_a_notice_of_an_earlier_attempt_is_not_read(monkeypatch):

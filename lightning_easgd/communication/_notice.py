@@ -7,12 +7,16 @@ rank 0 when the default group is made, and who dies from then on is heard.
 
 import itertools
 import os
+import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
 from lightning_easgd.communication._c10d import TCPStore, new_store_server
 
 __all__ = ["Notice"]
+
+_KNOCK_S = 0.2  # between two tries to find rank 0; torch's own store waits longer and longer, past its limit
 
 _numbers: Iterator[int] = itertools.count()  # all ranks make their default groups one after the other, alike
 
@@ -37,14 +41,13 @@ class Notice:
         self._key = f"lightning_easgd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}"
         self._rank, self._timeout = rank, timeout
         is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)  # as torch asks
+        if rank == 0 and not is_agents:
+            self._store = new_store_server(host, timeout, port, multi_tenant=True)
+            return
         try:
-            if rank == 0 and not is_agents:
-                self._store = new_store_server(host, timeout, port, multi_tenant=True)
-            else:
-                self._store = TCPStore(host, port, is_master=False, timeout=timeout)
-        except RuntimeError as error:
-            if rank == 0:
-                raise
+            _knock(host, port, timeout.total_seconds())
+            self._store = TCPStore(host, port, is_master=False, timeout=timeout)
+        except (OSError, RuntimeError) as error:
             raise self._missing(error) from error
 
     def post(self, number: int) -> None:
@@ -58,7 +61,20 @@ class Notice:
         except RuntimeError as error:
             raise self._missing(error) from error
 
-    def _missing(self, error: RuntimeError) -> RuntimeError:
+    def _missing(self, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"rank {self._rank}: rank 0 did not come within {self._timeout.total_seconds():.0f} s, or is gone ({error})"
         )
+
+
+def _knock(host: str, port: int, timeout_s: float) -> None:
+    """Returns as soon as somebody listens there; ``OSError`` if nobody does within the time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() + _KNOCK_S > deadline:
+                raise
+        time.sleep(_KNOCK_S)
