@@ -244,6 +244,7 @@ class Rendezvous:
         farewell: float | None = None
         try:
             while True:
+                own_failure = self._own_failure  # before listening: who was gone by then is heard of first
                 self._listen()
                 now = time.monotonic()
                 if now - looked_at > max(self._silence_s / 4, 5 * self._poll_s):
@@ -257,8 +258,8 @@ class Rendezvous:
                 for failure in self._reported:
                     self._learn(failure)
                 self._reported.clear()
-                if self._own_failure is not None and (self.rank == 0 or self._peers[0].line is None):
-                    self._learn(self._own_failure)  # else rank 0 knows which one was the first
+                if own_failure is not None and (self.rank == 0 or self._peers[0].line is None):
+                    self._learn(own_failure)  # else rank 0 knows which one was the first
                 if self._is_leaving and farewell is None:
                     farewell = now
                 before, news = news, self._news()
