@@ -9,6 +9,7 @@ import atexit
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 # An operation that a lost peer never answers is given up after so long.
 _LONGEST_S = 10.0
 
-_default_group: Any = None  # torch's, if it was made within ``own_default_group``
+# torch's, if it was made within ``own_default_group``. A script that ends it ends its store too: the next begins there.
+_default_group: "weakref.ref[Any] | None" = None
 _at_exit_of: "tuple[int, _Ending] | None" = None  # a process, and what it has to tell when it exits
 
 
@@ -45,8 +47,8 @@ def own_default_group(timeout: timedelta) -> Iterator[None]:
     _end_at_exit()
     if had_one or not dist.is_initialized():
         return
-    _default_group = dist.group.WORLD
-    distributed_c10d._set_pg_timeout(timeout, _default_group)
+    _default_group = weakref.ref(dist.group.WORLD)
+    distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
     distributed_c10d._get_default_store().set_timeout(timeout)
 
 
@@ -80,7 +82,8 @@ class _Ending:
 
 def _end_groups() -> None:
     global _default_group
-    group, _default_group = _default_group, None
+    group = None if _default_group is None else _default_group()
+    _default_group = None
     close_groups()
     if group is not None and dist.is_initialized() and dist.group.WORLD is group:
         del group  # the last reference but torch's own

@@ -57,11 +57,13 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "_ddp_comm_hook",
         "_ddp_comm_state",
         "_ddp_kwargs",
+        "_launcher",
         "_layer_sync",
         "_lightning_optimizers",
         "_process_group_backend",
         "_register_ddp_hooks",
         "_setup_model",
+        "_start_method",
         "_timeout",
     ),
 }

@@ -45,6 +45,7 @@ from lightning_easgd._layerwise import Layerwise, by_layer, refuse_algorithm, re
 from lightning_easgd._lock_step import meets
 from lightning_easgd._members import Layout, Members, SharedTurnstile
 from lightning_easgd._modes import OptimizerModes
+from lightning_easgd._parent import announce, may_leave, refuse_orphan, watch
 from lightning_easgd._presets import presets
 from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd._resume import Resumption, differences
@@ -67,6 +68,7 @@ from lightning_easgd.checkpoint import (
 from lightning_easgd.communication import AllReduce, Asynchronous, OpenCenter, Transport, TransportError
 from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
 from lightning_easgd.communication._line import Line
+from lightning_easgd.communication._notice import Notice
 from lightning_easgd.communication._rendezvous import MAX_SILENCE, Rendezvous
 from lightning_easgd.communication._turnstile import DoubleTurnstile, Turnstile
 from lightning_easgd.flatten import ParameterVector, coupled_parameters
@@ -197,8 +199,10 @@ class ElasticStrategy(_DDPStrategy):
             start_method: as for DDPStrategy.
             max_silence: how long a rank may stand still altogether, above 0, before the job is ended and it is named:
                 stopped by a signal, or in one call that holds Python's lock (a huge JSON file); and how long a job
-                waits for a rank that never comes when it starts. Default 5 minutes. A rank that dies is noticed by its
-                connection, within seconds, and a host that vanishes within about a minute.
+                waits, at most ``timeout``, for a rank that never comes when it starts, since it died in its imports
+                and its launcher does not say so. Default 5 minutes. A rank that has come and dies is noticed by its
+                connection, within seconds, and a host that vanishes within about a minute. Lightning's own launcher
+                ends all within seconds of any death, also in the imports.
             **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
                 as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
 
@@ -384,6 +388,9 @@ class ElasticStrategy(_DDPStrategy):
             )
         self.algorithm.check(self.num_replicas)
         super()._configure_launcher()
+        watch()
+        if self._start_method == "popen":
+            announce(self._launcher)
 
     def _check_devices(self) -> None:
         kind = self.parallel_devices[0].type if self.parallel_devices else "cpu"
@@ -403,8 +410,11 @@ class ElasticStrategy(_DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        refuse_orphan()
         super().setup_environment()
-        self._rendezvous = self._open_rendezvous()  # from here on nobody waits for a process that is gone
+        if self._rendezvous is None:  # a default group was there before, or there is but one rank
+            self._rendezvous = self._open_rendezvous(None)
+        may_leave()
 
     @override
     def setup_distributed(self) -> None:
@@ -412,9 +422,24 @@ class ElasticStrategy(_DDPStrategy):
         with own_default_group(self._wait):
             self._timeout = min(self._wait, self.max_silence or MAX_SILENCE)  # until all have come
             try:
+                notice = self._put_up_notice(self._timeout)
+                if notice is not None:
+                    # From here on nobody waits for a process that is gone, be it in the making of the default group.
+                    self._rendezvous = self._open_rendezvous(notice)
+                    self._rendezvous.roll_call.gather("start together", "")
                 super().setup_distributed()
+                del notice
             finally:
                 self._timeout = timeout
+
+    def _put_up_notice(self, timeout: timedelta) -> Notice | None:
+        """Returns where the ranks find each other before there is a default group; None where they need not."""
+        if self.layout.world_size == 1 or torch.distributed.is_initialized():
+            return None
+        assert self.cluster_environment is not None
+        self.set_world_ranks()
+        host, port = self.cluster_environment.main_address, self.cluster_environment.main_port
+        return Notice(host, port, rank=self.global_rank, timeout=timeout)
 
     @override
     def setup(self, trainer: "Trainer") -> None:
@@ -564,7 +589,7 @@ class ElasticStrategy(_DDPStrategy):
             if self._resumption.shared_epoch is not None:
                 self._dynamic.load_state_dict(self._resumption.shared_epoch, of_all=True)
 
-    def _open_rendezvous(self) -> Rendezvous:
+    def _open_rendezvous(self, notice: Notice | None) -> Rendezvous:
         assert self.cluster_environment is not None
         connect = partial(
             Rendezvous,
@@ -574,15 +599,17 @@ class ElasticStrategy(_DDPStrategy):
             timeout=self._wait,
             poll=timedelta(seconds=1 if self.transport.synchronous else 0.2),
             max_silence=self.max_silence,
+            arrival=None if notice is None else self._timeout,
         )
-        # A default group that was there before says nothing of when its ranks come: they may be minutes apart, in a
-        # script between two of its calls. Only from here on are all expected within half a minute.
-        self.barrier()
+        if notice is None:
+            # A default group that was there before says nothing of when its ranks come: they may be minutes apart, in
+            # a script between two of its calls. Only from here on are all expected within half a minute.
+            self.barrier()
         if self.is_global_zero:
             rendezvous = connect(None)
-            self.broadcast(rendezvous.port)
+            (self.broadcast if notice is None else notice.post)(rendezvous.port)
         else:
-            rendezvous = connect(self.broadcast(None))
+            rendezvous = connect(self.broadcast(None) if notice is None else notice.read())
         self._cleanup.callback(rendezvous.close)
         return rendezvous
 

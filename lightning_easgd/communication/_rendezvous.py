@@ -62,7 +62,7 @@ class Rendezvous:
     """A key-value store that the process of rank 0 serves, and the thread that listens for news of the others.
 
     All ranks are expected from the beginning. A process that dies is named by all others within a second or two, a host
-    that vanishes within about a minute, and one that never comes after 30 seconds; then each process has ``grace`` to
+    that vanishes within about a minute, and one that never comes after ``arrival``; then each process has ``grace`` to
     end by itself, and is ended the hard way if it does not.
 
     Args:
@@ -75,6 +75,8 @@ class Rendezvous:
         grace: how long a process may go on after a peer's failure before it is ended the hard way.
         max_silence: how long a living process may be stopped, or hold Python's lock in one call, before it is given up;
             default 5 minutes.
+        arrival: how long rank 0 waits for each of the others. Default 30 seconds: of those who all begin at the same
+            time. Where they come from their imports it must be longer.
 
     Raises:
         RuntimeError: rank 0 is not there.
@@ -99,6 +101,7 @@ class Rendezvous:
         poll: timedelta = timedelta(seconds=1),
         grace: timedelta = timedelta(seconds=20),
         max_silence: timedelta | None = None,
+        arrival: timedelta | None = None,
     ) -> None:
         self.rank, self._world_size = rank, world_size
         self.failure: str | None = None
@@ -106,6 +109,7 @@ class Rendezvous:
         self.progress = 0
         self._poll_s, self._grace_s = poll.total_seconds(), grace.total_seconds()
         self._silence_s = _SILENCE_S if max_silence is None else max_silence.total_seconds()
+        self._arrival_s = _ARRIVAL_S if arrival is None else arrival.total_seconds()
         self._progress = [0] * world_size
         self._own_failure: str | None = None  # what this process reports
         self._first: str | None = None  # the failure that all hear of
@@ -240,6 +244,7 @@ class Rendezvous:
         farewell: float | None = None
         try:
             while True:
+                own_failure = self._own_failure  # before listening: who was gone by then is heard of first
                 self._listen()
                 now = time.monotonic()
                 if now - looked_at > max(self._silence_s / 4, 5 * self._poll_s):
@@ -253,8 +258,8 @@ class Rendezvous:
                 for failure in self._reported:
                     self._learn(failure)
                 self._reported.clear()
-                if self._own_failure is not None and (self.rank == 0 or self._peers[0].line is None):
-                    self._learn(self._own_failure)  # else rank 0 knows which one was the first
+                if own_failure is not None and (self.rank == 0 or self._peers[0].line is None):
+                    self._learn(own_failure)  # else rank 0 knows which one was the first
                 if self._is_leaving and farewell is None:
                     farewell = now
                 before, news = news, self._news()
@@ -333,9 +338,9 @@ class Rendezvous:
             peer.line.close()
             peer.line, peer.has_left = None, True
             self._learn(self._gone(rank))
-        elif peer.line is None and now - peer.heard_at > _ARRIVAL_S:
+        elif peer.line is None and now - peer.heard_at > self._arrival_s:
             peer.has_left = True
-            self._learn(f"rank {rank}: it did not come within {_ARRIVAL_S:.0f} s")
+            self._learn(f"rank {rank}: it did not come within {self._arrival_s:.0f} s")
         elif now - peer.heard_at > self._silence_s:
             self._learn(f"rank {rank}: no sign of life for {self._silence_s:.0f} s")
 
