@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lightning_easgd.communication._c10d import close_groups
+from lightning_easgd.communication._c10d import close_groups, set_timeout
 
 __all__ = ["end_groups", "own_default_group"]
 
@@ -47,8 +47,9 @@ def own_default_group(timeout: timedelta) -> Iterator[None]:
     _end_at_exit()
     if had_one or not dist.is_initialized():
         return
-    _default_group = weakref.ref(dist.group.WORLD)
-    distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
+    group: Any = dist.group.WORLD
+    _default_group = weakref.ref(group)
+    set_timeout(timeout, group)
     distributed_c10d._get_default_store().set_timeout(timeout)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "close_groups",
     "new_group",
     "new_store_server",
+    "set_timeout",
 ]
 
 _MESSAGE_BYTES = 4 << 20
@@ -131,6 +132,15 @@ def close_groups() -> None:
     for group in list(_open_groups):
         group.close()
     _open_groups.clear()
+
+
+def set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """Sets the longest wait of a registered group's operations from here on. Local."""
+    c10d: Any = dist
+    if hasattr(c10d, "set_timeout"):  # torch 2.15
+        c10d.set_timeout(timeout, group)
+    else:
+        c10d.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def new_store_server(host: str, timeout: timedelta, port: int = 0, **options: Any) -> TCPStore:
