@@ -1,6 +1,7 @@
 """The pretended devices themselves: what is wrong is found, what is right is not."""
 
 import threading
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 
 import pytest
@@ -311,7 +312,9 @@ def test_two_communicators_from_two_threads_are_found():
 
                 def launch(i):
                     torch.cuda.set_device(rank)
-                    groups[i].allreduce([tensors[i]]).wait()
+                    # The ranks' threads may really come in orders in which each waits for the other.
+                    with suppress(RuntimeError) if threads else nullcontext():
+                        groups[i].allreduce([tensors[i]]).wait()
 
                 workers = [threading.Thread(target=launch, args=(i,), daemon=True) for i in range(2)]
                 for i, worker in enumerate(workers):
