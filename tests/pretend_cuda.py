@@ -150,10 +150,12 @@ class _Me(threading.local):
     """What a host thread has of its own: clock, rank, current device, current streams."""
 
     _numbers = itertools.count()
+    # Until the thread has its own: garbage may be collected within __init__, and ``_Memory.__del__`` looks here.
+    vc: Clock = {}  # noqa: RUF012  (read alone)
 
     def __init__(self) -> None:
         self.key = ("thread", next(self._numbers))
-        self.vc: Clock = {}
+        self.vc = {}
         self.rank: int | None = None
         self.device = 0
         self.streams: dict[int, Stream] = {}
