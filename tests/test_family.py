@@ -36,6 +36,7 @@ class Ends(modules.pytorch_lightning.Callback):
     def on_train_start(self, trainer, pl_module):
         with trainer.strategy.weights_of("center"):
             self.first_center = flat(pl_module)
+        trainer.strategy.barrier()  # or another replica of an asynchronous center trains before this one has looked
         self.first = flat(pl_module)
 
     def on_train_epoch_start(self, trainer, pl_module):
