@@ -137,7 +137,7 @@ def close_groups() -> None:
 def set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
     """Sets the longest wait of a registered group's operations from here on. Local."""
     c10d: Any = dist
-    if hasattr(c10d, "set_timeout"):  # torch 2.15
+    if hasattr(c10d, "set_timeout"):  # torch 2.14 and newer, where the other warns
         c10d.set_timeout(timeout, group)
     else:
         c10d.distributed_c10d._set_pg_timeout(timeout, group)

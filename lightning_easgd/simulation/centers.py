@@ -9,11 +9,11 @@ from torch import Tensor
 from lightning_easgd.algorithms import Center, Exchange, Snapshot
 from lightning_easgd.rules import Addition, CenterRule
 
-__all__ = ["AsynchronousCenter", "Done", "SynchronousCenter"]
+__all__ = ["AsynchronousCenter", "SynchronousCenter", "pull_and_push"]
 
 
 @dataclass(frozen=True)
-class Done:
+class _Done:
     """An exchange that is over."""
 
     delta: Tensor
@@ -24,6 +24,14 @@ class Done:
 
     def done(self) -> None:
         """Gives the delta back, which is nobody else's."""
+
+
+def pull_and_push(center: Center, x: Tensor, delta: Callable[[Tensor, Tensor], None], scale: float) -> Exchange:
+    """Makes an exchange of its two halves: here nobody can come between them. See ``Center.exchange``."""
+    snapshot = center.pull()
+    delta(x, snapshot.value)
+    center.push(x if scale == 1 else x * scale, read_at=snapshot.clock)
+    return _Done(x)
 
 
 class _Handle:
@@ -53,10 +61,7 @@ class _Handle:
         return self._scratch
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
-        snapshot = self.pull()
-        delta(x, snapshot.value)
-        self.push(x if scale == 1 else x * scale, read_at=snapshot.clock)
-        return Done(x)
+        return pull_and_push(self, x, delta, scale)
 
 
 class SynchronousCenter:

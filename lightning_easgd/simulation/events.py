@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_easgd.algorithms import Algorithm, Exchange, Replica, Snapshot
 from lightning_easgd.gates import Gate
 from lightning_easgd.rules import CenterRule
-from lightning_easgd.simulation.centers import AsynchronousCenter, Done, SynchronousCenter
+from lightning_easgd.simulation.centers import AsynchronousCenter, SynchronousCenter, pull_and_push
 from lightning_easgd.simulation.objectives import Objective, Separable
 from lightning_easgd.simulation.replicas import OptimizerFactory, Vector, descent
 from lightning_easgd.simulation.rows import LARGEST_ROW, Row, Rows
@@ -103,10 +103,7 @@ class _Link:
         return self._scratch
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
-        snapshot = self.pull()
-        delta(x, snapshot.value)
-        self.push(x if scale == 1 else x * scale, read_at=snapshot.clock)
-        return Done(x)
+        return pull_and_push(self, x, delta, scale)
 
 
 class Simulation:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_easgd.algorithms import Algorithm, Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
-from lightning_easgd.simulation.centers import Done
+from lightning_easgd.simulation.centers import pull_and_push
 from lightning_easgd.simulation.objectives import Objective
 from lightning_easgd.simulation.replicas import OptimizerFactory, Vector, descent
 
@@ -117,7 +117,4 @@ class LockStep:
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         """Pulls, computes and pushes for all replicas."""
-        snapshot = self.pull()
-        delta(x, snapshot.value)
-        self.push(x if scale == 1 else x * scale, read_at=snapshot.clock)
-        return Done(x)
+        return pull_and_push(self, x, delta, scale)
