@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_easgd import EASGD, AllReduce, ElasticSGD, EntropySGD, Parle
-from lightning_easgd._coupling import Coupling, num_slots
 from lightning_easgd.algorithms import Algorithm
+from lightning_easgd.core.coupling import Coupling
+from lightning_easgd.core.slots import num_slots
 from lightning_easgd.flatten import ParameterVector
 
 STEPS = 100  # of each method in a round; a multiple of every period

@@ -43,9 +43,9 @@ from lightning_easgd.communication import (
 )
 
 if TYPE_CHECKING:
-    from lightning_easgd.callbacks import ElasticMonitor
     from lightning_easgd.metrics import ConsensusDistance, TemporalEfficiency, temporal_efficiency
-    from lightning_easgd.strategy import ElasticStrategy as EASGDStrategy
+    from lightning_easgd.trainer.monitor import ElasticMonitor
+    from lightning_easgd.trainer.strategy import ElasticStrategy as EASGDStrategy
 
 __all__ = [
     "ADAG",

@@ -48,8 +48,8 @@ def bind(namespace: str) -> tuple[Any, Any]:
 
 
 def _bind(namespace: str, strategies: Any) -> tuple[Any, Any]:
-    from lightning_easgd.callbacks import ElasticMonitor
-    from lightning_easgd.strategy import ElasticStrategy
+    from lightning_easgd.trainer.monitor import ElasticMonitor
+    from lightning_easgd.trainer.strategy import ElasticStrategy
 
     callbacks = importlib.import_module(f"{namespace}.callbacks")
     home = HOMES[namespace]
@@ -65,7 +65,7 @@ def _bind(namespace: str, strategies: Any) -> tuple[Any, Any]:
             "__doc__": ElasticStrategy.__doc__,
             "_monitor_type": monitor,
             "_lightning_version": f"{namespace} {importlib.import_module(namespace.partition('.')[0]).__version__}",
-            "_sigterm_exception": importlib.import_module(f"{namespace}.utilities.exceptions").SIGTERMException,
+            "sigterm_exception": importlib.import_module(f"{namespace}.utilities.exceptions").SIGTERMException,
             "_bound_to": f"{namespace}; for a Trainer of {other}: `from {HOMES[other]} import EASGDStrategy`",
         },
     )

@@ -40,15 +40,17 @@ class Exchange(Protocol):
 
 
 class Center(Protocol):
-    """The center variable as one replica reaches it.
+    """The center variable as one replica reaches it."""
 
-    Attributes:
-        num_replicas: how many replicas share it.
-        replica: index of this one.
-    """
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas share it now. Read it with each exchange; do not keep it."""
+        ...
 
-    num_replicas: int
-    replica: int
+    @property
+    def replica(self) -> int:
+        """Index of this one."""
+        ...
 
     def tell(self, numbers: Sequence[float] | Tensor) -> None:
         """Sets what this replica tells all others with each exchange from the next one on: ``num_told`` numbers.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lightning_easgd._lightning import bind
 
 if TYPE_CHECKING:
-    from lightning_easgd.callbacks import ElasticMonitor
-    from lightning_easgd.strategy import ElasticStrategy as EASGDStrategy
+    from lightning_easgd.trainer.monitor import ElasticMonitor
+    from lightning_easgd.trainer.strategy import ElasticStrategy as EASGDStrategy
 else:
     EASGDStrategy, ElasticMonitor = bind("lightning.pytorch")
 

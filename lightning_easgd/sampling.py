@@ -7,24 +7,20 @@ other replica.
 """
 
 import hashlib
-import inspect
 import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from lightning_easgd.communication._c10d import PrefixStore, Store
 
-if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
-
-__all__ = ["Draws", "DynamicSampler", "ReplicaSampler", "replace_sampler", "set_epoch"]
+__all__ = ["Draws", "DynamicSampler", "ReplicaSampler", "set_epoch"]
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -35,17 +31,6 @@ def set_epoch(loader: Any, epoch: int) -> None:
         tell = getattr(sampler, "set_epoch", None)
         if callable(tell):
             tell(epoch)
-
-
-def replace_sampler(trainer: "Trainer", loader: Any, sampler: Any) -> Any:
-    """Returns a training loader like ``loader``, made by Lightning, with another sampler, which it tells the epoch.
-
-    Lightning tells it only after it has made the iterator, from which workers may have drawn already.
-    """
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    sampler.set_epoch(progress.processed)
-    update_dataloader = vars(inspect.getmodule(type(trainer._data_connector)))["_update_dataloader"]
-    return update_dataloader(loader, sampler, mode="train")
 
 
 class ReplicaSampler(Sampler[int]):

@@ -11,6 +11,7 @@ APART = """
 import sys
 import lightning_easgd
 import lightning_easgd.algorithms, lightning_easgd.center, lightning_easgd.communication, lightning_easgd.simulation
+import lightning_easgd.core
 
 print([name for name in sys.modules if name.split(".")[0] in {lightning!r}])
 

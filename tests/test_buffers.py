@@ -14,9 +14,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_easgd import EASGD, EASGDStrategy
-from lightning_easgd._buffers import BufferRules, CenterBuffers
-from lightning_easgd._tensors import checksums, copy_of, is_equal, write
 from lightning_easgd.communication._c10d import new_group
+from lightning_easgd.core.buffers import BufferRules, CenterBuffers
+from lightning_easgd.core.tensors import checksums, copy_of, is_equal, write
 from tests import modules
 from tests.helpers import TIMEOUT, run_replicas, run_threads
 from tests.modules import Regression, loader, trainer

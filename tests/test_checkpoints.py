@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from pytorch_lightning.plugins import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_easgd import EASGD, Asynchronous, EASGDStrategy
-from lightning_easgd.checkpoint import KEY, ReplicaFile, ReplicaFileError, Saves, local_path, set_apart
+from lightning_easgd.trainer.checkpoint import KEY, ReplicaFile, ReplicaFileError, Saves, local_path, set_apart
 from tests import modules
 from tests.helpers import Replicas, run_replicas
 from tests.modules import BatchNormRegression, Regression, flat, loader, trainer

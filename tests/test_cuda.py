@@ -23,8 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_easgd._coupling import Coupling, num_slots
-from lightning_easgd._fragments import by_fragment, first_clock, step_fragments
 from lightning_easgd.algorithms import (
     ADAG,
     ADMM,
@@ -48,6 +46,9 @@ from lightning_easgd.communication import AllReduce, SharedMemory, Transport, Tr
 from lightning_easgd.communication._c10d import broadcast_bytes, new_group
 from lightning_easgd.communication._line import Line
 from lightning_easgd.communication._slices import open_sliced
+from lightning_easgd.core.coupling import Coupling
+from lightning_easgd.core.fragments import by_fragment, first_clock, step_fragments
+from lightning_easgd.core.slots import num_slots
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition
 from tests.communication.test_parameter_server import Apart

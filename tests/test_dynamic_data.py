@@ -25,8 +25,8 @@ from torch.utils.data import (
 )
 
 from lightning_easgd import EASGD, EASGDStrategy
-from lightning_easgd import strategy as strategy_module
 from lightning_easgd.communication import SharedMemory
+from lightning_easgd.core import lock_step
 from lightning_easgd.sampling import Draws, DynamicSampler
 from tests import modules
 from tests.helpers import TIMEOUT, run_replicas, run_threads
@@ -506,7 +506,7 @@ class _StopsWithin(modules.pytorch_lightning.Callback):
         self.path = path
 
     def on_fit_start(self, trainer, pl_module):
-        strategy_module._STOP_PATIENCE_S = 0.0  # no exchange will tell the other
+        lock_step.PATIENCE_S = 0.0  # no exchange will tell the other
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1 and batch_idx == (8 if trainer.global_rank == 0 else 2):

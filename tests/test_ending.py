@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, Transport
-from lightning_easgd._ending import end_groups
-from lightning_easgd._lock_step import meets
 from lightning_easgd.communication import _c10d
 from lightning_easgd.communication._rendezvous import Rendezvous
+from lightning_easgd.core.ending import end_groups
+from lightning_easgd.core.lock_step import meets
 from tests import modules
 from tests.helpers import TIMEOUT, Replicas, run_replicas
 from tests.modules import Regression, flat, linear_data, loader, trainer
@@ -159,7 +159,8 @@ class TwoOptimizers(Regression):
             os.kill(os.getpid(), signal.SIGTERM)
         first.step()
         deadline = time.monotonic() + TIMEOUT.total_seconds()
-        while self.replica == 0 and not self.trainer.strategy._is_asked_to_stop:  # it meets in the second one's step
+        watch = self.trainer.strategy.run.company.watch
+        while self.replica == 0 and not watch.stop_requested:  # it meets in the second one's step
             assert time.monotonic() < deadline
             time.sleep(0.01)
         second.step()

@@ -19,7 +19,7 @@ from lightning_easgd import (
     Parle,
     PolyakAverage,
 )
-from lightning_easgd._fragments import by_fragment, first_clock
+from lightning_easgd.core.fragments import by_fragment, first_clock
 from tests import modules
 from tests.helpers import run_replicas
 from tests.modules import BatchNormRegression, Regression, flat, loader, trainer

@@ -14,8 +14,9 @@ import torchmetrics
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, TransportError
-from lightning_easgd._free_running import FreeRunning
-from lightning_easgd.checkpoint import ReplicaFile
+from lightning_easgd.core import Company, Layout
+from lightning_easgd.core.free_running import Requests
+from lightning_easgd.trainer.checkpoint import ReplicaFile
 from tests import modules
 from tests.helpers import TIMEOUT, run_replicas
 from tests.modules import BatchNormRegression, Regression, flat, linear_data, loader, trainer
@@ -526,8 +527,8 @@ def test_a_shared_epoch_goes_on_after_as_many_batches_as_all_had_done(tmp_path):
 class _Still:
     """A rendezvous in which nobody fails and nobody moves."""
 
-    def __init__(self) -> None:
-        self.store = dist.HashStore()
+    def __init__(self, rank: int) -> None:
+        self.rank, self.store = rank, dist.HashStore()
 
     def progress_of_all(self) -> list[int]:
         return [3, 3]
@@ -537,13 +538,14 @@ class _Still:
 
 
 def test_a_checkpoint_that_the_others_do_not_come_to_is_an_error_that_names_them():
-    def one(rank: int) -> FreeRunning:
-        return FreeRunning([], _Still(), rank=rank, world_size=2, timeout=timedelta(seconds=0.3))
+    def one(rank: int) -> Requests:
+        cpu, timeout = torch.device("cpu"), timedelta(seconds=0.3)
+        return Requests(Company(_Still(rank), Layout(2, 1), device=cpu, timeout=timeout))
 
     with pytest.raises(
         TransportError, match=r"rank 0 waits until all have written their files, but \[1\] did not move"
     ):
-        one(0).request_files("a.ckpt", "save", [])
+        one(0).ask("a.ckpt", "save", [])
     with pytest.raises(
         TransportError, match=r"rank 1 waits until replica 0 saves a checkpoint, but \[0\] did not move"
     ):

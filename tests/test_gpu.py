@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_easgd import EASGDStrategy, Parle
-from lightning_easgd._coupling import Coupling, num_slots
 from lightning_easgd.algorithms import EASGD
 from lightning_easgd.communication import AllReduce
+from lightning_easgd.core.coupling import Coupling
+from lightning_easgd.core.slots import num_slots
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition
 from tests.helpers import TIMEOUT, free_port, run_replicas

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_easgd import AGN, EASGD, Asynchronous, Downpour, EASGDStrategy
-from lightning_easgd._layerwise import by_layer, narrowed, parts_of
+from lightning_easgd.core.layerwise import by_layer, narrowed, parts_of
 from tests import modules
 from tests.helpers import TIMEOUT, run_replicas
 from tests.modules import Regression, flat, loader, trainer

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lightning_easgd import EASGDStrategy, MovingAverage, algorithms
-from lightning_easgd._coupling import Coupling, num_slots
-from lightning_easgd._fragments import step_fragments
 from lightning_easgd.algorithms import EASGD, Algorithm, LocalSGD, Parle
 from lightning_easgd.communication import AllReduce, OpenCenter, ParameterServer, SharedMemory, Transport, all_reduce
 from lightning_easgd.communication._c10d import PrefixStore
+from lightning_easgd.core.coupling import Coupling
+from lightning_easgd.core.fragments import step_fragments
+from lightning_easgd.core.slots import num_slots
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition
 from tests import modules
@@ -61,7 +62,7 @@ def _look(coupling: Coupling) -> None:
     """What the strategy does when a checkpoint is saved, or ``weights_of("center")`` is entered."""
     if coupling.center.synchronous:
         coupling.abstain()
-        while not coupling.all_done:
+        while not coupling.slots.all_done:
             coupling.abstain()
     else:
         coupling.refresh()

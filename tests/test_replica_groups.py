@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_easgd import EASGD, AllReduce, Asynchronous, EASGDStrategy
-from lightning_easgd._coupling import num_slots
-from lightning_easgd._members import Layout
+from lightning_easgd.core.members import Layout
+from lightning_easgd.core.slots import num_slots
 from tests import modules
 from tests.helpers import run_replicas
 from tests.modules import Regression, flat, linear_data, loader, trainer

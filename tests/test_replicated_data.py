@@ -24,8 +24,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_easgd._replicated import ReplicatedData
 from lightning_easgd.sampling import ReplicaSampler
+from lightning_easgd.trainer.data.replicated import ReplicatedData
 from tests import modules
 from tests.helpers import run_replicas
 from tests.modules import Regression, linear_data

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_easgd import EASGD, EASGDStrategy
-from lightning_easgd.checkpoint import KEY, ReplicaFile
+from lightning_easgd.trainer.checkpoint import KEY, ReplicaFile
 from tests import modules
 from tests.helpers import Replicas, run_replicas
 from tests.modules import Regression, linear_data, trainer

@@ -11,7 +11,7 @@ import torch
 
 import lightning_easgd
 from lightning_easgd import EASGDStrategy
-from lightning_easgd._seams import PRIVATE, is_a
+from lightning_easgd.trainer.seams import PRIVATE, Patches, is_a
 from tests import modules
 from tests.helpers import run_replicas
 from tests.modules import NAMESPACES, REGRESSIONS, loader, trainer
@@ -121,21 +121,21 @@ def test_every_name_is_looked_for():
 
 
 def test_a_patch_puts_back_what_was_there():
-    strategy: Any = EASGDStrategy()
+    patch = Patches("pytorch_lightning 2.0")
     owner = SimpleNamespace(mine=1)
-    strategy._patch(owner, "mine", lambda: 2)
-    strategy._patch(owner, "mine", lambda: 3)
+    patch(owner, "mine", lambda: 2)
+    patch(owner, "mine", lambda: 3)
 
     class Inherits:
         def hook(self) -> str:
             return "own"
 
     other = Inherits()
-    strategy._patch(other, "hook", lambda: "replaced")
+    patch(other, "hook", lambda: "replaced")
     assert other.hook() == "replaced"
     with pytest.raises(RuntimeError, match=r"needs Inherits.renamed, which pytorch_lightning 2\.\S+ does not have"):
-        strategy._patch(other, "renamed", lambda: None)
-    strategy._cleanup.close()
+        patch(other, "renamed", lambda: None)
+    patch.close()
     assert owner.mine == 1
     assert other.hook() == "own"
     assert "hook" not in vars(other)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_easgd import EASGD, EASGDStrategy, LocalSGD, Parle
-from lightning_easgd._steps import Steps
+from lightning_easgd.core.steps import Steps
 from tests import modules
 from tests.helpers import run_replicas
 from tests.modules import Regression, flat, loader, trainer

@@ -1,10 +1,10 @@
 """Optimizers with a mode for training and one for evaluation, which move the weights in place (Schedule-Free)."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 __all__ = ["OptimizerModes"]
@@ -21,12 +21,18 @@ class OptimizerModes:
         optimizers: torch's own; those without the two methods stay as they are.
         wrappers: Lightning's around them, which modules get from ``self.optimizers()``.
         holds_center: returns whether the module holds the center.
+        rank: this process; rank 0 warns.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], wrappers: Sequence[Any], holds_center: Callable[[], bool]
+        self,
+        optimizers: Sequence[Optimizer],
+        wrappers: Sequence[Any],
+        holds_center: Callable[[], bool],
+        *,
+        rank: int = 0,
     ) -> None:
-        self._holds_center = holds_center
+        self._holds_center, self._rank = holds_center, rank
         self._asked: dict[int, Callable[[], None]] = {}
         self._undo = ExitStack()
         self._has_said = False
@@ -58,12 +64,13 @@ class OptimizerModes:
                 method(*args, **kwargs)
                 return
             self._asked[index] = lambda: method(*args, **kwargs)
-            if not self._has_said:
+            if not self._has_said and self._rank == 0:
                 self._has_said = True
-                rank_zero_warn(
+                warnings.warn(
                     f"EASGDStrategy: {kind}.eval() and train() would mix the center, which the module holds now, with "
                     "each replica's own state: evaluations and checkpoints are of the center of the weights that are "
-                    "trained, and the mode changes when the replica's are back"
+                    "trained, and the mode changes when the replica's are back",
+                    stacklevel=2,
                 )
 
         return call

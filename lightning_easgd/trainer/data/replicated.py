@@ -18,7 +18,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_easgd.sampling import ReplicaSampler, replace_sampler
+from lightning_easgd.sampling import ReplicaSampler
+from lightning_easgd.trainer.data.loaders import replace_sampler
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -10,8 +10,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_easgd._coupling import Coupling
 from lightning_easgd.algorithms import Algorithm
+from lightning_easgd.core.coupling import Coupling
 
 __all__ = ["by_fragment", "first_clock", "refuse_fragments", "step_fragments"]
 
@@ -77,7 +77,7 @@ def step_fragments(
     def step(fragment: Coupling, update: Callable[[], None]) -> None:
         fragment.step(update, recover=None if recover is None else partial(recover_all, fragment), at=at)
 
-    # Who does nothing after the local update comes before it; only who exchanges is wound around it.
+    # Fragments that do not exchange in this step run before the local update. Only those that exchange wrap it.
     update = local_update
     for fragment in fragments:
         if fragment.algorithm.is_due or fragment.algorithm.is_ending:

@@ -5,9 +5,10 @@ A version of Lightning that has renamed one of them is refused when a run is set
 """
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["PRIVATE", "callbacks_of", "is_a", "missing", "verify"]
+__all__ = ["PRIVATE", "Patches", "callbacks_of", "is_a", "verify"]
 
 # Object -> what is read or replaced of it. Several are public by name, but no part of the documented interface.
 PRIVATE: dict[str, tuple[str, ...]] = {
@@ -87,10 +88,42 @@ def verify(trainer: Any, version: str) -> None:
         # Not ``hasattr``, which computes properties.
         absent += [f"{owner}.{name}" for name in names if name not in vars(thing) and not hasattr(type(thing), name)]
     if absent:
-        raise missing(", ".join(absent), version)
+        raise _missing(", ".join(absent), version)
 
 
-def missing(what: str, version: str) -> RuntimeError:
+class Patches:
+    """What this package puts into the place of Lightning's methods, object by object, until it is taken away.
+
+    Args:
+        version: of Lightning, in words.
+    """
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self._undo = ExitStack()
+
+    def __call__(self, owner: object, name: str, value: Any) -> None:
+        """Hides an attribute of one object by ``value`` until ``close``, which puts back what the object itself had.
+
+        Raises:
+            RuntimeError: the object has no such attribute, in this version of Lightning.
+        """
+        if not hasattr(owner, name):
+            raise _missing(f"{type(owner).__name__}.{name}", self._version)
+        own = vars(owner)
+        has_own, before = name in own, own.get(name)
+        if has_own:
+            self._undo.callback(setattr, owner, name, before)
+        else:
+            self._undo.callback(own.pop, name, None)
+        setattr(owner, name, value)
+
+    def close(self) -> None:
+        """Puts everything back, the last first. Idempotent."""
+        self._undo.close()
+
+
+def _missing(what: str, version: str) -> RuntimeError:
     """Returns the error for a part of Lightning that is not there."""
     return RuntimeError(
         f"EASGDStrategy needs {what}, which {version} does not have: install a version of Lightning that "

@@ -20,7 +20,7 @@ from lightning_easgd.algorithms import (
 )
 from lightning_easgd.communication import AllReduce, Asynchronous
 
-__all__ = ["presets"]
+__all__ = ["presets", "register"]
 
 
 def presets() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -53,3 +53,22 @@ def presets() -> dict[str, tuple[str, dict[str, Any]]]:
         "entropy_sgd": ("Entropy-SGD", {"algorithm": EntropySGD(), **together}),
         "elastic_sgd": ("Elastic-SGD", {"algorithm": ElasticSGD(), **together}),
     }
+
+
+def register(strategy: type, registry: Any) -> None:
+    """Registers each name with a Lightning namespace and, as for DDP's names, its forms by start method.
+
+    Args:
+        strategy: the class that is bound to the namespace.
+        registry: its StrategyRegistry.
+    """
+    for name, (description, arguments) in presets().items():
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            registry.register(
+                f"{name}{suffix}",
+                strategy,
+                description=f"{description} with start_method {start_method!r}",
+                override=True,
+                start_method=start_method,
+                **arguments,
+            )

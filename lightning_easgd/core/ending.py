@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 from lightning_easgd.communication._c10d import close_groups, set_timeout
 
-__all__ = ["end_groups", "own_default_group"]
+__all__ = ["end_at_exit", "end_groups", "own_default_group"]
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def own_default_group(timeout: timedelta) -> Iterator[None]:
     global _default_group
     had_one = dist.is_initialized()
     yield
-    _end_at_exit()
+    end_at_exit()
     if had_one or not dist.is_initialized():
         return
     group: Any = dist.group.WORLD
@@ -91,7 +91,8 @@ def _end_groups() -> None:
         dist.destroy_process_group()
 
 
-def _end_at_exit() -> None:
+def end_at_exit() -> None:
+    """Has all groups that are this package's ended when this process exits. Idempotent; local."""
     # A process that was forked starts with no groups of its own, and with its parent's functions to call at exit.
     global _at_exit_of
     if _at_exit_of is None:

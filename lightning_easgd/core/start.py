@@ -10,12 +10,34 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_easgd._members import Layout
-from lightning_easgd._tensors import broadcast, copy_of, in_common, is_dense, write
 from lightning_easgd.communication._c10d import Group
 from lightning_easgd.communication._roll_call import RollCall
+from lightning_easgd.core.buffers import BufferRules
+from lightning_easgd.core.company import Company
+from lightning_easgd.core.members import Layout
+from lightning_easgd.core.tensors import broadcast, copy_of, in_common, is_dense, write
 
-__all__ = ["check_same_couplings", "check_same_parameters", "start_from_rank_0"]
+__all__ = ["begin_equal", "check_same_couplings", "check_same_parameters", "start_from_rank_0"]
+
+
+def begin_equal(module: nn.Module, company: Company, rules: BufferRules) -> None:
+    """Opens a company whose ranks have the same module, and gives all of them rank 0's values. Collective, blocking.
+
+    Args:
+        module: of this rank.
+        company: not open yet.
+        rules: what of the module is each rank's own.
+
+    Raises:
+        ValueError: a rank's parameters are not rank 0's; names it.
+    """
+    left_out = rules.not_shared(module)
+    check_same_parameters(module, company.watch.roll_call, company.layout, left_out)
+    company.open()
+    if company.group is not None:
+        size, device = company.layout.world_size, company.device
+        start_from_rank_0(module, company.group, rank=company.rank, size=size, device=device, left_out=left_out)
+    company.members.confine_batch_norm(module)
 
 
 def check_same_parameters(
@@ -52,23 +74,22 @@ def check_same_parameters(
         )
 
 
-def check_same_couplings(trained: Sequence[tuple[str, Collection[str]]], roll_call: RollCall, layout: Layout) -> None:
+def check_same_couplings(trained: Sequence[tuple[str, Collection[str]]], company: Company) -> None:
     """Raises on every rank if one's optimizers train other parameters than rank 0's. Collective, blocking.
 
     Args:
         trained: for each coupling the name of its optimizer's class, and those of its parameters.
-        roll_call: of all ranks.
-        layout: which ranks form which replica.
+        company: the processes of the job.
 
     Raises:
         ValueError: names each replica that differs, and where it does first.
     """
     own_text = json.dumps([(kind, list(names)) for kind, names in trained])
     purpose = "compare what their optimizers train"
-    if len(set(roll_call.gather(purpose, hashlib.sha256(own_text.encode()).hexdigest()))) == 1:
+    if len(set(company.gather(purpose, hashlib.sha256(own_text.encode()).hexdigest()))) == 1:
         return
-    first, *others = map(json.loads, roll_call.gather(purpose, own_text))
-    differing = {rank // layout.replica_size: other for rank, other in enumerate(others, 1) if other != first}
+    first, *others = map(json.loads, company.gather(purpose, own_text))
+    differing = {rank // company.layout.replica_size: other for rank, other in enumerate(others, 1) if other != first}
     verdict = "; ".join(f"replica {replica} has {_trained(other, first)}" for replica, other in differing.items())
     raise ValueError(
         f"EASGDStrategy: configure_optimizers must return the same on all replicas, but {verdict}, where replica 0 has "

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_easgd._coupling import Coupling
-from lightning_easgd._seams import callbacks_of, is_a
 from lightning_easgd.algorithms import Algorithm
+from lightning_easgd.core.coupling import Coupling
 
-__all__ = ["Layerwise", "by_layer", "narrowed", "parts_of", "refuse_algorithm", "refuse_training"]
+__all__ = ["Layerwise", "by_layer", "narrowed", "parts_of", "refuse_algorithm"]
 
 T = TypeVar("T")
 
@@ -246,49 +245,3 @@ def refuse_algorithm(algorithm: Algorithm, *, synchronous: bool, replica_size: i
             f"{asked}, replica_size={replica_size}): DistributedDataParallel averages gradients only after the layers "
             "would have used them; use replica_size=1"
         )
-
-
-def refuse_training(trainer: Any, module: Any) -> None:
-    """Raises ``ValueError`` where a Trainer or module needs all gradients before the first update.
-
-    Args:
-        trainer: a Lightning Trainer, before it trains.
-        module: its LightningModule.
-    """
-    asked = "EASGDStrategy(layerwise=True)"
-    gradients = "a layer is updated in the backward pass, when its own gradient is there and others are not"
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"{asked} with manual optimization: its hooks belong to Lightning's own; use automatic optimization"
-        )
-    if trainer.gradient_clip_val or not _is_lightnings(module.configure_gradient_clipping):
-        raise ValueError(
-            f"{asked} with Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) or configure_gradient_clipping: "
-            f"{gradients}; leave clipping out"
-        )
-    schedules = (c for c in callbacks_of(trainer) if is_a(c, "callbacks.GradientAccumulationScheduler"))
-    if trainer.accumulate_grad_batches != 1 or any(
-        schedule.going_to_accumulate_grad_batches() for schedule in schedules
-    ):
-        raise ValueError(
-            f"{asked} with Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) or "
-            "GradientAccumulationScheduler: every backward pass updates the layers; use larger batches"
-        )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(
-            f"{asked} with a GradScaler (precision='16-mixed'): it skips a step for one gradient in all that is not "
-            f"finite, and {gradients}; use precision='bf16-mixed'"
-        )
-    is_compiled = getattr(module, "_compiler_ctx", None) is not None or any(
-        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
-        for part in module.modules()
-    )
-    if is_compiled:
-        raise ValueError(
-            f"{asked} with a compiled module: a compiled graph knows of no layers; leave torch.compile out"
-        )
-
-
-def _is_lightnings(method: Any) -> bool:
-    """Returns whether a method of a LightningModule is the one that it inherits."""
-    return method.__func__.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")

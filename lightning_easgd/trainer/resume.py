@@ -4,8 +4,8 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_easgd.checkpoint import rng_state, set_rng_state
 from lightning_easgd.sampling import set_epoch
+from lightning_easgd.trainer.checkpoint import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from lightning_easgd._seams import is_a
 from lightning_easgd.communication._c10d import PrefixStore, Store
 from lightning_easgd.communication._roll_call import gather
-from lightning_easgd.sampling import Draws, DynamicSampler, replace_sampler
+from lightning_easgd.sampling import Draws, DynamicSampler
+from lightning_easgd.trainer.data.loaders import replace_sampler
+from lightning_easgd.trainer.seams import is_a
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -6,16 +6,17 @@ statistics are estimated anew, with the center's weights, on training data.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 import torch.optim.swa_utils
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_easgd._tensors import (
+from lightning_easgd.communication._c10d import Group
+from lightning_easgd.core.tensors import (
     broadcast,
     checksums,
     copy_of,
@@ -26,7 +27,6 @@ from lightning_easgd._tensors import (
     is_equal,
     write,
 )
-from lightning_easgd.communication._c10d import Group
 
 __all__ = ["BufferRules", "CenterBuffers", "Rule"]
 
@@ -183,9 +183,7 @@ class CenterBuffers:
         for pattern in self._rules.unused(self._module):
             if pattern not in self._named:
                 self._named.add(pattern)
-                rank_zero_warn(
-                    f"EASGDStrategy(buffers={{{pattern!r}: ...}}): fits no buffer or parameter of the module"
-                )
+                self._warn(f"EASGDStrategy(buffers={{{pattern!r}: ...}}): fits no buffer or parameter of the module")
 
     def _free(self) -> dict[str, nn.Parameter]:
         """Returns the parameters that no coupling moves, by name."""
@@ -213,7 +211,11 @@ class CenterBuffers:
     def _say(self, names: Collection[str], what: str) -> None:
         if new := sorted(set(names) - self._named):
             self._named.update(new)
-            rank_zero_warn(f"EASGDStrategy: the buffers {', '.join(map(repr, new))} have {what}")
+            self._warn(f"EASGDStrategy: the buffers {', '.join(map(repr, new))} have {what}")
+
+    def _warn(self, message: str) -> None:
+        if self._rank == 0:
+            warnings.warn(message, stacklevel=2)
 
     def _that_differ(self, group: Group, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Returns those whose values are not the same on all ranks: what is frozen costs no message of its size."""

@@ -1,0 +1,452 @@
+"""The Lightning strategy: a table of Lightning's hooks, each of which hands over to the object whose subject it is.
+
+``ElasticStrategy`` is written against ``DDPStrategy``'s interface alone; ``_lightning`` binds it to the namespaces
+``pytorch_lightning`` and ``lightning.pytorch``, under the name ``EASGDStrategy``.
+
+======================================= ===============================================
+what the user asks for                  ``options.Options``
+what there is of one run                ``run.Run``
+how the ranks find each other           ``launch.Launch``
+exchanges, weights, how replicas meet   ``core.Elastic``
+steps, evaluations, epochs              ``loops.Loops``
+signals, time limits, ``should_stop``   ``stopping.Stopping``
+what is saved, and how a run goes on    ``checkpoints.Checkpoints``
+======================================= ===============================================
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.algorithms import Algorithm
+from lightning_easgd.averages import CenterAverage
+from lightning_easgd.communication import Transport
+from lightning_easgd.core.coupling import Coupling
+from lightning_easgd.core.elastic import check_whose
+from lightning_easgd.core.ending import own_default_group
+from lightning_easgd.core.members import Layout
+from lightning_easgd.trainer.arguments import refuse_unknown
+from lightning_easgd.trainer.options import Options, refuse_devices
+from lightning_easgd.trainer.parent import announce, may_leave, refuse_orphan, watch
+from lightning_easgd.trainer.presets import register
+from lightning_easgd.trainer.run import Run
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning.accelerators import Accelerator
+    from pytorch_lightning.plugins import CheckpointIO, Precision
+    from pytorch_lightning.strategies import DDPStrategy as _DDPStrategy
+else:
+    _DDPStrategy = object
+
+__all__ = ["ElasticStrategy"]
+
+
+class ElasticStrategy(_DDPStrategy):
+    """Trains replicas on their own and ties them by an elastic force to a center variable.
+
+    Each replica is one process, or ``replica_size`` of them as a DDP group of their own, with the module's own
+    optimizer, scheduler, precision, accumulation and clipping.
+    Validation, test, predict, the checkpoint's ``state_dict`` and the module after ``fit`` are the center's. Between
+    two exchanges a training step makes no call to ``torch.distributed``, Lightning's own per-batch broadcast included.
+
+    As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument; the other names are presets of it.
+    """
+
+    # Set by the binding: the namespace and its version, the monitor, and what Lightning raises after a signal.
+    _bound_to: str
+    _lightning_version: str
+    _monitor_type: type[Any]
+    sigterm_exception: type[BaseException]
+
+    def __init__(
+        self,
+        algorithm: Algorithm | None = None,
+        transport: Transport | None = None,
+        *,
+        replica_size: int | None = None,
+        average: CenterAverage | None = None,
+        evaluate: Literal["center", "replica"] = "center",
+        on_nonfinite: Literal["raise", "reset"] = "raise",
+        center_buffers: Literal["mean"] | int = "mean",
+        buffers: Mapping[Any, Literal["mean", "replica0", "own"]] | None = None,
+        fragments: int = 1,
+        slack: int | None = None,
+        layerwise: bool = False,
+        data: Literal["shard", "replicate", "dynamic"] | float = "shard",
+        resume: Literal["replicas", "center"] = "replicas",
+        resume_optimizer: Literal["fresh", "copy"] = "fresh",
+        accelerator: "Accelerator | None" = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: "ClusterEnvironment | None" = None,
+        checkpoint_io: "CheckpointIO | None" = None,
+        precision_plugin: "Precision | None" = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        max_silence: timedelta | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Creates the strategy; nothing is started before the Trainer runs.
+
+        Args:
+            algorithm: the loop of one replica; each optimizer gets a copy. Default ``EASGD()``.
+            transport: how a replica reaches the center. Default ``AllReduce()``.
+            replica_size: ranks of a replica, consecutive ones; it divides their number. Inside a replica gradients are
+                averaged at every step by ``DistributedDataParallel``, SyncBatchNorm and the broadcast of buffers
+                included; the exchange across replicas moves each parameter once a replica, a slice a rank. Default:
+                a node's ranks where there are several nodes, else 1; all ranks where the algorithm has one replica.
+            average: of the center over time, such as ``MovingAverage()``; each optimizer's center gets a copy. It then
+                stands for the center in evaluations, in the checkpoint's ``state_dict`` and after ``fit``; training
+                goes on from the center itself. Costs a vector of the parameters' size and a pass an exchange.
+            evaluate: whose weights validation, test and predict use while fitting: the center's, the same on all
+                ranks, or each rank's own replica.
+            on_nonfinite: what happens to a replica whose delta is not finite: ``"raise"`` ends the job and names it;
+                ``"reset"`` puts it back on the center with a fresh optimizer state and goes on.
+            center_buffers: the center's batch-norm statistics: the replicas' mean, or an estimate of their own, with
+                the center's weights, over so many training batches of each replica (>= 1). The latter makes that many
+                forward passes for each evaluation and checkpoint, calling the module on the batch, or on its first
+                element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
+            buffers: what the center has of each buffer, and of each parameter that no optimizer holds: a mapping of
+                names, patterns of names (``"encoder.*"``) or module types to ``"mean"``, the replicas' mean;
+                ``"replica0"``, replica 0's value; or ``"own"``, which leaves it each rank's own (a checkpoint has rank
+                0's), as does DDP's ``_ddp_params_and_buffers_to_ignore``. The first key that fits counts; a type is
+                for what its modules own directly. Without one that fits, floating statistics of batch and instance
+                norm, ranges of quantisation observers, buffers named ``running_*`` and parameters that no optimizer
+                holds (momentum encoders, target networks) are averaged, and all else (masks, queues, tables, counters,
+                unit vectors of spectral norm) is replica 0's. Integers are never averaged.
+            fragments: in how many parts of about equal size the parameters are exchanged, 1 to the period. Each is
+                exchanged once a period, at steps of its own spread evenly over it, so that what travels at a time falls
+                that many times. No parameter tensor is cut: the largest one bounds it. For ``EASGD``, ``EAMSGD`` and
+                the methods that push what a period has accumulated, whose first period is shorter for all fragments
+                but the first. Each fragment reports by itself.
+            slack: over an asynchronous transport, how many exchanges (>= 0) a replica may be ahead of the slowest
+                before it waits (stale synchronous parallel; 0 is lock-step). None: nobody ever waits.
+            layerwise: whether each layer (a module that owns parameters directly) has a center and a clock of its own,
+                of the same slack: it is updated and added in the backward pass, as soon as its gradient is there, and
+                read when the next forward pass comes to it (arXiv:1512.02728). For ``Downpour`` and its kin with
+                period 1, over an asynchronous transport, with one process a replica and an optimizer that treats
+                parameters separately. Hooks that run after the backward pass, such as ``on_before_optimizer_step``,
+                see gradients that have been used already.
+            data: who trains on what: ``"shard"``, each replica on its part of every epoch (Lightning's own sampler);
+                ``"replicate"``, each replica on the whole set, in an order of its own; a fraction in (0, 1), each
+                replica on a fixed part of that size, rounded up, the parts overlapping evenly, in an order of its own;
+                ``"dynamic"``, replicas draw batches from one shared epoch, so that a faster one does more and all end
+                it together. The ranks of a replica share its data out. Validation and test data are always sharded.
+            resume: what ``fit(ckpt_path=...)`` starts from: every replica's own state, exactly as it was, or the center
+                alone. Where the checkpoint has another number of replicas it is always the center.
+            resume_optimizer: the optimizers' state of replicas that start from the center of such a checkpoint: none,
+                or a copy of replica 0's.
+            accelerator: as for DDPStrategy.
+            parallel_devices: as for DDPStrategy.
+            cluster_environment: as for DDPStrategy.
+            checkpoint_io: as for DDPStrategy.
+            precision_plugin: as for DDPStrategy.
+            process_group_backend: of Lightning's own process group; the exchange has one of its own.
+            timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
+            start_method: as for DDPStrategy.
+            max_silence: how long a rank may stand still altogether, above 0, before the job is ended and it is named:
+                stopped by a signal, or in one call that holds Python's lock (a huge JSON file); and how long a job
+                waits, at most ``timeout``, for a rank that never comes when it starts, since it died in its imports
+                and its launcher does not say so. Default 5 minutes. A rank that has come and dies is noticed by its
+                connection, within seconds, and a host that vanishes within about a minute. Lightning's own launcher
+                ends all within seconds of any death, also in the imports.
+            **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
+                as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
+
+        Raises:
+            TypeError: there is no such argument; names where it belongs, if anywhere.
+            ValueError: an argument has the wrong type or value.
+        """
+        refuse_unknown(kwargs, type(self))
+        self.options = Options.of(
+            algorithm,
+            transport,
+            replica_size=replica_size,
+            average=average,
+            evaluate=evaluate,
+            on_nonfinite=on_nonfinite,
+            center_buffers=center_buffers,
+            buffers=buffers,
+            fragments=fragments,
+            slack=slack,
+            layerwise=layerwise,
+            data=data,
+            resume=resume,
+            resume_optimizer=resume_optimizer,
+            max_silence=max_silence,
+        )
+        self._run: Run | None = None
+        self._report_every = 0
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            **kwargs,
+        )
+
+    def __repr__(self) -> str:
+        """Returns algorithm and transport, and what the class is bound to: Lightning's own error shows it."""
+        plan = self.options.plan
+        return f"<{type(self).__name__}({plan.algorithm!r}, {plan.transport!r}) bound to {self._bound_to}>"
+
+    # --- who there is -----------------------------------------------------------------------------------------------
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The loop of one replica; each optimizer has a copy."""
+        return self.options.plan.algorithm
+
+    @property
+    def transport(self) -> Transport:
+        """How a replica reaches the center."""
+        assert self.options.plan.transport is not None
+        return self.options.plan.transport
+
+    @property
+    def layout(self) -> Layout:
+        """Which ranks form which replica.
+
+        Raises:
+            ValueError: ``replica_size`` does not divide the number of ranks.
+        """
+        return self.options.layout(int(self.num_nodes), int(self.num_processes))
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas there are."""
+        return self.layout.num_replicas
+
+    @property
+    def replica(self) -> int:
+        """Index of this process's replica."""
+        return int(self.global_rank) // self.layout.replica_size
+
+    @property
+    def couplings(self) -> list[Coupling]:
+        """What ties each optimizer's parameters to a center; empty outside of ``fit``."""
+        return [] if self._run is None or self._run.elastic is None else self._run.elastic.couplings
+
+    @property
+    def run(self) -> Run:
+        """What there is of the run that is going on."""
+        assert self._run is not None
+        return self._run
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        refuse_devices(self)  # they are known by now, as nodes and precision are, and nothing runs yet
+        self.algorithm.check(self.num_replicas)
+        super()._configure_launcher()
+        watch()
+        if self._start_method == "popen":
+            announce(self._launcher)
+
+    @override
+    def setup_environment(self) -> None:
+        refuse_orphan()
+        self._run = Run(self, self._lightning_version)
+        super().setup_environment()
+        self._run.launch.complete()
+        may_leave()
+
+    @override
+    def setup_distributed(self) -> None:
+        with own_default_group(self.run.timeout), self.run.launch.arriving():
+            super().setup_distributed()
+
+    @override
+    def setup(self, trainer: "Trainer") -> None:
+        run = self.run
+        run.begin(trainer)
+        if trainer.state.fn == "fit":
+            run.add_monitor(self._monitor_type)
+        super().setup(trainer)
+        if trainer.state.fn == "fit":
+            run.couple(self._report_every)
+        else:
+            run.stopping.take_over_signals()
+
+    @override
+    def configure_ddp(self) -> None:
+        # Where DDPStrategy wraps the module. Here it stays as it is where a replica is one process.
+        self.run.open_company(super().configure_ddp)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.run
+        run.raise_if_failed()
+        run.checkpoints.resumption.own = None  # whatever had to be put back has been
+        if run.elastic is None:
+            return super().training_step(*args, **kwargs)
+        with run.steps.batch(int(run.trainer.accumulate_grad_batches)):
+            output = super().training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor):
+            run.elastic.observe_loss(loss.detach())
+        return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.run.raise_if_failed()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: "LightningModule | nn.Module | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.options.plan.layerwise:
+            # The precision plugin's part of an optimizer step, without the update: the layers have had it by then.
+            update = partial(self.precision_plugin._wrap_closure, self.run.module, optimizer, closure)
+        else:
+            # DDPStrategy's own adds nothing without its model averager, which this strategy never has.
+            update = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
+        return self.run.loops.take_step(optimizer, update)
+
+    # --- whose weights the module holds -----------------------------------------------------------------------------
+
+    @contextmanager
+    def weights_of(self, whose: Literal["center", "replica"]) -> Iterator[None]:
+        """Puts the center's or this replica's weights and buffers into the module, and then what was there.
+
+        Collective while fitting: all ranks must enter it at the same point of the loop. Blocks for an outstanding
+        exchange. Over an asynchronous transport it is each rank's own and waits for nobody: the center as it is at the
+        moment, inside an epoch with the replica's own buffers. Outside of ``fit`` the module is the only copy and stays
+        as it is. After training has ended, in ``on_train_end``, the module holds the center and this gives the replica
+        once more.
+
+        Raises:
+            ValueError: ``whose`` is neither.
+        """
+        check_whose(whose)
+        with ExitStack() as stack:
+            if self._run is not None and self._run.elastic is not None:
+                with self._run.stopping.following():
+                    stack.enter_context(self._run.elastic.weights_of(whose))
+            yield
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Returns the center's state dict: a copy on global rank zero, which writes it. Collective while fitting."""
+        own = super().lightning_module_state_dict
+        return own() if self._run is None else self._run.checkpoints.module_state(own)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes the replica's file, then, on global rank zero, the checkpoint. Collective while fitting."""
+        write = partial(super().save_checkpoint, filepath=filepath, storage_options=storage_options)
+        if self._run is None:
+            write(checkpoint)
+        else:
+            self._run.checkpoints.save(write, checkpoint, filepath)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        if self._run is not None:
+            self._run.checkpoints.remove(filepath)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        return self.run.checkpoints.load(checkpoint, checkpoint_path)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        run = self.run
+        run.loops.couple_anew()  # a callback may have thawed parameters in on_fit_start, as far as it had got
+        super().load_optimizer_state_dict(run.checkpoints.optimizer_states(checkpoint))
+        run.checkpoints.restore()
+
+    # --- what Lightning asks of all ranks ---------------------------------------------------------------------------
+
+    @property
+    def _answers_alone(self) -> bool:
+        return self._run is not None and self._run.answers_alone
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._answers_alone:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._answers_alone else super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor if self._answers_alone else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._answers_alone else super().reduce_boolean_decision(decision, all)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._answers_alone:
+            own = tensor if sync_grads else tensor.detach()
+            return own.unsqueeze(0).expand(self.layout.world_size, *tensor.shape).clone()
+        gathered: Tensor = super().all_gather(tensor, group, sync_grads)
+        return gathered
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._run is not None:
+            self._run.fail(exception)
+
+    @override
+    def teardown(self) -> None:
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.close()
+        finally:
+            super().teardown()
+            if run is not None:
+                run.checkpoints.close()
+
+    # --- for callbacks ----------------------------------------------------------------------------------------------
+
+    def request_reports(self, every: int) -> None:
+        """Makes every coupling report each ``every``-th exchange (0: never). All ranks call it alike, before ``fit``.
+
+        A report costs a pass over the parameters and rides in the exchanges: no message of its own.
+        """
+        self._report_every = every
+        if self._run is not None and self._run.elastic is not None:
+            self._run.elastic.report(every)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Returns what a logger should keep of this run's strategy: plain values."""
+        return {"name": type(self).__name__, **self.options.hyperparameters(self.layout)}
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        register(cls, strategy_registry)
