@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.communication._c10d import Group, Work
+from lightning_easgd.communication._shared_center import SharedCenter
 from lightning_easgd.communication._transport import TransportError
-from lightning_easgd.communication.shared_memory import SharedCenter
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["FAREWELL", "Channel", "Session", "SessionServer", "Terms", "Wire", "serve"]

@@ -1,46 +1,19 @@
-"""A center that every replica holds, kept equal by one all-reduce an exchange.
-
-The elastic force of synchronous EASGD needs only the replica's parameters and the center that it already holds; the
-*sum* over replicas is not needed before the next exchange. So ``push`` starts the all-reduce and returns, and the next
-``pull`` completes it: communication hides behind a whole period of compute, with the arithmetic unchanged.
-
-A thread of the center's sums chunk by chunk, and writes the new center beside the old one, into the memory of the delta
-that it has sent; when all is there, the two change places. So the old center is whole until the new one is, and two
-vectors are enough, if the algorithm writes what it exchanges into the one that the center lends (``borrow``).
-
-On a CUDA device all of this is asynchronous by itself, so that the caller's thread enqueues it and there is no other.
-
-An exchange begins with a header: how many deltas there are, and the slots. Where all replicas only say that they are
-there, nothing follows it. Who abstains waits for it; who adds something knows what follows, and does not.
-
-Replicas that are all on one host keep these two vectors in memory that they share. Their all-reduces carry no vector
-then: the first says that all deltas are there, the second that all parts of the new center are, the third that they
-have been read.
-"""
+"""The replicated center on the CPU: a thread of the center's sums, while the caller computes."""
 
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, Work, new_group
-from lightning_easgd.communication._line import Place, await_event, elapsed_s, finite_or_zero_, new_event, new_stream
+from lightning_easgd.communication._line import Place
 from lightning_easgd.communication._shared_vectors import SharedVectors
-from lightning_easgd.communication._transport import (
-    Completed,
-    OpenCenter,
-    Traffic,
-    Transport,
-    TransportError,
-    check_open,
-)
+from lightning_easgd.communication._transport import Completed, OpenCenter, Traffic, TransportError
 from lightning_easgd.communication._wire import (
     Chunk,
     Errors,
@@ -56,93 +29,14 @@ from lightning_easgd.communication._wire import (
 from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
-__all__ = ["AllReduce"]
+__all__ = ["ReplicatedCenter", "Revocable"]
 
 # Bytes of a chunk, in the center's dtype. On the CPU small enough for the cache; on a device each launch has its price.
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
-_LEAD = 2  # numbers before the slots in a device's header
-_NUM_TIMED = 8  # exchanges whose times are yet to be read from the device
 _NUM_LANES = 4  # chunks that are under way at once, and may be before a lent vector is given back
 
 
-class AllReduce(Transport):
-    """Synchronous transport: the center replicated in every replica, one all-reduce (sum) an exchange.
-
-    The replicas' n-th pushes and abstentions belong together. The sum is applied to the center as one delta and counts
-    as ``num_replicas`` additions. All copies stay bit-identical, since a sum is computed once and then distributed, or
-    by the same operations everywhere.
-
-    Memory: the center, a second vector of its size, messages (on the CPU 4 MiB, on a device 64 MiB, and up to 200 MB
-    with a wire other than float32), and what the rule remembers; with a wire other than float32 also the rounding
-    errors, ``1 + 1/num_replicas`` vectors (with two replicas one). A look at the center between an exchange's begin and
-    its end costs a vector more. Where memory is shared, the first two are counted as such by the system (``top``'s
-    SHR).
-
-    On a device a delta that is not finite is found there, and is taken for zeros: it never enters the center. Its
-    replica's next operation raises ``NonFiniteDeltaError``; on the CPU the exchange itself does.
-
-    Args:
-        wire: what numbers travel as: ``"float32"`` (the center's own dtype), ``"bfloat16"``, half as many bytes, or
-            ``"int8"``, a quarter: multiples of one float32 for every 256 numbers. The slots travel as they are. What
-            rounding takes from a delta is added to this replica's next one, and is part of the center's state: in the
-            end the center receives everything. With more than two replicas the sums are rounded once more, likewise.
-        shared_memory: whether replicas that are all on one host sum through memory that they share, not through
-            sockets: at less than half of the processor's time, and with some bytes sent in all. For
-            ``wire="float32"`` on the CPU, on Linux; elsewhere, and where processes do not see each other, as in
-            containers of their own, it is sockets as with False. Default True.
-
-    Raises:
-        ValueError: ``wire`` or ``shared_memory`` is another.
-    """
-
-    synchronous = True
-
-    def __init__(self, *, wire: Wire = "float32", shared_memory: bool = True) -> None:
-        if wire not in get_args(Wire):
-            raise ValueError(f"AllReduce(wire={wire!r}): must be one of {', '.join(map(repr, get_args(Wire)))}")
-        if not isinstance(shared_memory, bool):
-            raise ValueError(f"AllReduce(shared_memory={shared_memory!r}): must be True or False")
-        self.wire = wire
-        self.shared_memory = shared_memory
-
-    def open(
-        self,
-        initial: Tensor,
-        *,
-        replica: int,
-        num_replicas: int,
-        rule: CenterRule,
-        store: Store,
-        timeout: timedelta,
-        num_slots: int = 0,
-        place: Place | None = None,
-    ) -> OpenCenter:
-        """Opens the center; see ``Transport.open``.
-
-        Args:
-            initial: see there, like all others.
-            replica: see there.
-            num_replicas: see there.
-            rule: see there.
-            store: see there.
-            timeout: see there.
-            num_slots: see there.
-            place: on a CUDA device, where several centers share a communicator: this one's place among them, the same
-                on all replicas. Default: a communicator of its own.
-        """
-        check_open(self, initial, replica, num_replicas, rule)
-        kind = _DeviceCenter if initial.is_cuda else _ReplicatedCenter
-        return kind(
-            initial, replica, num_replicas, rule, store, timeout, num_slots, self.wire, self.shared_memory, place
-        )
-
-    def __repr__(self) -> str:
-        """Returns the constructor call."""
-        wire = [] if self.wire == "float32" else [f"wire={self.wire!r}"]
-        return f"AllReduce({', '.join([*wire, *([] if self.shared_memory else ['shared_memory=False'])])})"
-
-
-class _Revocable:
+class Revocable:
     """A group that starts nothing more once it is revoked.
 
     What is going on then fails; what is queued, but has not begun, may last until its timeout.
@@ -154,16 +48,19 @@ class _Revocable:
         self._revoked = False
 
     def allreduce(self, tensors: list[Tensor]) -> Work:
+        """See ``Group``; ``RuntimeError`` once it is revoked."""
         with self._lock:
             self._check()
             return self._group.allreduce(tensors)
 
     def alltoall_base(self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int]) -> Work:
+        """See ``Group``; ``RuntimeError`` once it is revoked."""
         with self._lock:
             self._check()
             return self._group.alltoall_base(output, input, output_sizes, input_sizes)
 
     def revoke(self) -> None:
+        """Starts nothing more, and ends what is going on where the group can. Safe from another thread."""
         with self._lock:
             self._revoked = True
             if hasattr(self._group, "abort"):
@@ -232,7 +129,25 @@ class _Lent:
         self._release()
 
 
-class _ReplicatedCenter(OpenCenter):
+class ReplicatedCenter(OpenCenter):
+    """The center as each replica holds it, on the CPU: the two vectors, and the thread of an exchange.
+
+    Args:
+        initial: see ``Transport.open``, like the next six.
+        replica: see there.
+        num_replicas: see there.
+        rule: see there.
+        store: see there.
+        timeout: see there.
+        num_slots: see there.
+        wire: see ``AllReduce``.
+        shared_memory: see ``AllReduce``.
+        place: on a device, see ``AllReduce.open``.
+
+    Raises:
+        TransportError: not all replicas came in time.
+    """
+
     synchronous = True
 
     def __init__(
@@ -284,7 +199,7 @@ class _ReplicatedCenter(OpenCenter):
             raise TransportError(
                 f"replica {replica} of {num_replicas} could not open the all-reduce center: {error}"
             ) from error
-        self._group: _Revocable | None = _Revocable(group)
+        self._group: Revocable | None = Revocable(group)
         codec = codec_of(self._wire, initial)
         chunk = _CHUNK_BYTES[initial.device.type] // initial.itemsize
         self._layout = Layout(initial.numel(), num_replicas, chunk, 1 if codec is None else codec.align)
@@ -569,304 +484,3 @@ class _ReplicatedCenter(OpenCenter):
         self._value = self._value.new_empty(0)
         self._other, self._errors, self._shared = None, None, None
         self._memory, self._lanes = [], []
-
-
-class _Launch:
-    """An exchange on a device, from its launch to its end, as its center's thread sees it.
-
-    Attributes:
-        delta: (d,) what this replica adds; None for an abstention.
-        scale: its factor.
-        is_lent: whether a caller may still read it.
-        in_place: whether its memory may be used for sums, in the order of the streams.
-        is_enqueued: whether all of it is.
-        has_landed: whether the center is the new one, in the order of the caller's stream.
-        is_heard: whether the host has waited for its header.
-        kept: what the device may still read.
-        late: what was announced on the device, (slot, numbers), for the host as soon as it has heard the header.
-    """
-
-    def __init__(self, delta: Tensor | None, scale: float, *, is_lent: bool) -> None:
-        self.delta, self.scale, self.is_lent, self.in_place = delta, scale, is_lent, not is_lent
-        self.is_enqueued = self.is_heard = self.has_landed = False
-        self.kept: list[Tensor] = []
-        self.late: list[tuple[int, Tensor]] = []
-        # In the order of the caller's stream: the delta is there; its end is asked for. In ours: header and center are.
-        self.begun, self.asked = new_event(timed=True), new_event(timed=True)
-        self.heard, self.arrived = new_event(), new_event(timed=True)
-
-
-class _DeviceCenter(_ReplicatedCenter):
-    """The center on a CUDA device. Everything is enqueued by the caller's thread, on a stream beside the caller's.
-
-    So all replicas' operations have one order, the program's, and the host waits for the device once an exchange: for
-    the header of the one before, where what has been announced stands.
-
-    Whether a delta is finite is seen on the device. One that is not is taken for zeros, so that it never enters the
-    center; its replica raises at its next operation.
-    """
-
-    def __init__(
-        self,
-        initial: Tensor,
-        replica: int,
-        num_replicas: int,
-        rule: CenterRule,
-        store: Store,
-        timeout: timedelta,
-        num_slots: int,
-        wire: Wire,
-        shared_memory: bool,
-        place: Place | None,
-    ) -> None:
-        self._stream = new_stream(initial.device) if place is None else place.line.stream
-        self._place = place
-        self._launched: _Launch | None = None
-        self._late: list[tuple[int, Tensor]] = []
-        self._timed: deque[_Launch] = deque(maxlen=_NUM_TIMED)
-        self._is_refused = False
-        super().__init__(initial, replica, num_replicas, rule, store, timeout, num_slots, wire, shared_memory, place)
-
-    def _new_header(self, initial: Tensor, num_slots: int) -> Tensor:
-        # How many replicas send a vector, how many of these are finite, and the slots; behind them, not summed: whether
-        # this replica's is.
-        self._numbers = initial.new_empty(_LEAD + num_slots + 1)
-        self._outgoing, self._heard = (
-            torch.zeros(self._numbers.numel(), dtype=initial.dtype, pin_memory=True) for _ in range(2)
-        )
-        return self._numbers[:-1]
-
-    def announce_late(self, first: int, numbers: Tensor) -> None:
-        self._late.append((first, numbers))
-
-    def borrow(self) -> Tensor:
-        message = super().borrow()
-        self._raise_if_refused()
-        return message
-
-    def push(self, delta: Tensor, *, read_at: int) -> None:
-        self._require_open()
-        self.drain()
-        self._raise_if_refused()
-        self._copy(delta, read_at, 1.0, look=False)
-        message = self._message()
-        self._enqueue(message, 1.0, is_lent=False, finite=self._finite(message))
-
-    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
-        snapshot = self.pull()
-        self._raise_if_refused()
-        delta(x, snapshot.value)
-        finite = self._finite(x)
-        if self._other is None or x.data_ptr() != self._other.data_ptr():
-            self._copy(x, snapshot.clock, scale, look=False)
-            self._enqueue(self._message(), 1.0, is_lent=False, finite=finite)
-            return Completed(x)
-        launch = self._enqueue(self._other, scale * self._rule.weight(0), is_lent=True, finite=finite)
-        return _Lent(x, lambda: self._give_back(launch))
-
-    def abstain(self) -> None:
-        self._require_open()
-        self.drain()
-        self._raise_if_refused()
-        self._message()
-        self._enqueue(None, 1.0, is_lent=False, finite=None)
-
-    def _finite(self, vector: Tensor) -> Tensor | None:
-        """Returns whether a delta is finite, on its device; sets it to zero if not."""
-        verdict, self.verdict = self.verdict, None
-        if verdict is not None:
-            vector.masked_fill_(~verdict, 0)
-            return verdict
-        return finite_or_zero_(vector) if vector.numel() > 0 else None
-
-    def _raise_if_refused(self) -> None:
-        refused, self._is_refused = self._is_refused, False
-        if refused:
-            self._refuse_late()
-
-    def _enqueue(self, delta: Tensor | None, scale: float, *, is_lent: bool, finite: Tensor | None) -> _Launch:
-        """Starts an exchange; of an abstention the header alone, since what follows it depends on the others'."""
-        assert self._group is not None
-        if self._place is not None:
-            with self._failing():
-                self._place.begin(self)
-        self._outgoing.fill_(0 if delta is None else 1)
-        self._outgoing[_LEAD:-1].copy_(self.announcement)
-        launch = self._launched = _Launch(delta, scale, is_lent=is_lent)
-        stream = self._stream
-        _record(launch.begun, torch.cuda.current_stream(self._value.device))
-        with self._failing(), torch.no_grad(), torch.cuda.stream(stream):
-            stream.wait_event(launch.begun)
-            self._numbers.copy_(self._outgoing, non_blocking=True)
-            if finite is not None:
-                launch.kept.append(finite)
-                self._numbers[1:2].copy_(finite)
-                self._numbers[-1:].copy_(finite)
-            for first, numbers in self._late:
-                launch.kept.append(numbers)
-                self._numbers[_LEAD + first :][: numbers.numel()].copy_(numbers)
-                own = torch.empty(numbers.shape, dtype=self._outgoing.dtype, pin_memory=True)
-                launch.late.append((first, own.copy_(numbers, non_blocking=True)))
-            self._late.clear()
-            heading = self._group.allreduce([self._header])
-            if delta is not None:
-                for chunk, lane in zip(self._layout.chunks, self._ready_lanes(), strict=False):
-                    self._launch_chunk(launch, lane, chunk)
-            heading.wait()
-            self._heard.copy_(self._numbers, non_blocking=True)
-            _record(launch.heard, stream)
-        self._count_launch(adds=delta is not None)
-        if delta is not None and not is_lent:
-            self.enqueue_rest()
-        return launch
-
-    def _launch_chunk(self, launch: _Launch, lane: Lane, chunk: Chunk) -> None:
-        part = None if launch.delta is None else launch.delta[chunk[0] : chunk[1]]
-        lane.launch(chunk, part, launch.scale, in_place=launch.in_place)
-        lane.relay()
-
-    def _give_back(self, launch: _Launch) -> None:
-        if launch is self._launched and launch.is_lent:
-            launch.is_lent, launch.in_place = False, True
-            self.enqueue_rest()
-
-    def enqueue_rest(self) -> None:
-        """Enqueues what is left of the exchange that has begun; for an abstention the host waits for its header."""
-        launch = self._launched
-        if launch is None or launch.is_enqueued:
-            return
-        if launch.is_lent:  # its holder keeps the vector: the center takes another
-            launch.is_lent = False
-            self._other = torch.empty_like(self._value)
-        lanes, chunks = self._ready_lanes(), self._layout.chunks
-        if launch.delta is None:
-            with self._failing():
-                self._hear(launch, self._timeout)
-            if self._heard[0] == 0:
-                chunks = []
-        launch.is_enqueued = True
-        stream, given = self._stream, new_event()
-        _record(given, torch.cuda.current_stream(self._value.device))
-        with self._failing(), torch.no_grad(), torch.cuda.stream(stream):
-            stream.wait_event(given)
-            if launch.delta is None:
-                for chunk, lane in zip(chunks, lanes, strict=False):
-                    self._launch_chunk(launch, lane, chunk)
-            for i, chunk in enumerate(chunks):
-                lane = lanes[i % len(lanes)]
-                self._write(chunk, lane.finish())
-                if i + len(lanes) < len(chunks):
-                    self._launch_chunk(launch, lane, chunks[i + len(lanes)])
-            _record(launch.arrived, stream)
-
-    def _hear(self, launch: _Launch, timeout: timedelta) -> None:
-        if not launch.is_heard:
-            await_event(launch.heard, timeout)
-            launch.is_heard = True
-
-    @property
-    def slots_on_device(self) -> Tensor:
-        """(num_slots,) the slots' sum as of the exchange that has landed last."""
-        return self._header[_LEAD:]
-
-    def has_heard(self) -> None:
-        """Says that the host has waited for an exchange that has landed, by an event behind it."""
-        if self._launched is not None:
-            self._launched.is_heard = True
-
-    def land(self, timeout: timedelta | None = None) -> None:
-        """Completes an exchange in the order of the caller's stream; the host waits after an abstention alone.
-
-        ``drain`` does the rest: counts it and takes over its slots.
-
-        Args:
-            timeout: makes the host wait for the device, at most so long: not even that may be left waiting.
-
-        Raises:
-            TransportError: it could not be completed.
-        """
-        launch = self._launched
-        if launch is None or launch.has_landed:
-            return
-        caller = torch.cuda.current_stream(self._value.device)
-        with self._failing():
-            if launch.delta is None:
-                self._hear(launch, self._timeout if timeout is None else timeout)
-            self.enqueue_rest()
-            if timeout is not None:
-                self._hear(launch, timeout)
-                await_event(launch.arrived, timeout)
-        _record(launch.asked, caller)
-        caller.wait_event(launch.arrived)
-        launch.has_landed = True
-        if launch.delta is not None or self._heard[0] > 0:
-            self._take_sum()
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except TransportError:
-            raise
-        except RuntimeError as error:
-            self._launched, self._failed = None, True
-            if self._group is not None:
-                self._group.revoke()  # before NCCL's own watch ends the process
-            with suppress(RuntimeError):  # a device that has failed itself runs nothing more
-                self._come_after()
-            raise TransportError(
-                f"replica {self.replica} of {self.num_replicas}: an all-reduce did not complete and was not applied: "
-                f"{error}"
-            ) from error
-
-    def _come_after(self) -> None:
-        """Lets the caller's stream wait for ours, whose operations have been given up: memory is freed in its order."""
-        torch.cuda.current_stream(self._value.device).wait_stream(self._stream)
-
-    def drain(self, timeout: timedelta | None = None) -> None:
-        launch = self._launched
-        if launch is None:
-            return
-        began = time.perf_counter()
-        adds = launch.delta is not None
-        self.land(timeout)
-        with self._failing():
-            self._hear(launch, self._timeout if timeout is None else timeout)
-        self._launched = launch.delta = None
-        self.traffic.exposed_s += time.perf_counter() - began
-        self._timed.append(launch)
-        self._measure()
-        heard = self._heard
-        self._is_refused = self._is_refused or (adds and not heard[-1] > 0)
-        for first, numbers in launch.late:  # announced once more with what is sent next, until there are newer ones
-            self.announcement[first : first + numbers.numel()] = numbers
-        self._note(heard[_LEAD:-1], int(heard[1]), int(heard[0]), adds=adds)
-
-    def _measure(self) -> None:
-        """Takes in the times of exchanges that are over on the device by now."""
-        while self._timed:
-            first: Any = self._timed[0]  # its events' methods are not annotated
-            if not (first.asked.query() and first.arrived.query()):
-                break
-            self._timed.popleft()
-            waited_s = elapsed_s(first.asked, first.arrived)
-            self.traffic.exposed_s += waited_s
-            self.traffic.hidden_s += max(0.0, elapsed_s(first.begun, first.arrived) - waited_s)
-
-    def close(self) -> None:
-        launch, self._launched = self._launched, None
-        group = self._group
-        if self._place is not None:
-            self._place.forget(self)
-        self._timed.clear()
-        try:
-            if group is not None and launch is not None:
-                group.revoke()
-                with suppress(RuntimeError):  # as above
-                    self._come_after()
-        finally:
-            super().close()
-
-
-def _record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
-    event.record(stream)

@@ -1,0 +1,337 @@
+"""The center in a replica on another host than a server's: sessions, and a thread beside the caller that uses them."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.communication._session import FAREWELL, SessionServer, Terms
+from lightning_easgd.communication._transport import OpenCenter, Traffic, TransportError
+from lightning_easgd.communication.parameter_server._assembly import Assembly
+from lightning_easgd.communication.parameter_server._shards import Shard
+from lightning_easgd.interfaces import Exchange, Snapshot
+from lightning_easgd.rules import CenterRule
+
+__all__ = ["DistantCenter"]
+
+
+class DistantCenter(OpenCenter):
+    """The center in a replica that does not share the memory of all of it.
+
+    What takes a server's time goes on in a thread beside the caller, one operation at a time: a push, or a whole
+    exchange. ``value`` may change while an exchange is outstanding.
+    """
+
+    synchronous = False
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        terms: Terms,
+        vector: Tensor,
+        *,
+        replica: int,
+        rule: CenterRule,
+        device: torch.device,
+        timeout: timedelta,
+        assembly: Assembly,
+        server: SessionServer | None,
+    ) -> None:
+        super().__init__(
+            replica=replica, num_replicas=terms.num_replicas, num_slots=terms.num_slots, dtype=terms.torch_dtype
+        )
+        self._terms, self._rule, self._timeout = terms, rule, timeout
+        self._assembly, self._server = assembly, server
+        self._shards = [(shard, terms.shard(k)) for k, shard in enumerate(shards)]
+        self._vector = vector  # on the CPU; the shards write their slices
+        self._value = vector.to(device)  # the same tensor where the replica is on the CPU
+        self._stream = _new_stream(device)
+        self._outbox: Tensor | None = None  # a delta on its way to the messages
+        self._expected: Tensor | None = None  # where the center would be next time, if nobody else added to it
+        self._unconfirmed = False
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="lightning_easgd-client")
+        self._work: _Work | None = None
+        self._is_closed = False
+        self._take_in()
+        self._note()
+
+    @property
+    def value(self) -> Tensor:
+        return self._value
+
+    @property
+    def clock(self) -> int:
+        return self._clock
+
+    def pull(self) -> Snapshot:
+        self._begin_operation()
+        with self._exposed():
+            self._read()
+        self._note()
+        return Snapshot(self._value, self.clock)
+
+    def push(self, delta: Tensor, *, read_at: int) -> None:
+        """Adds ``delta`` to the center; returns as soon as it is copied. See ``OpenCenter.push``.
+
+        Where asked for, ``traffic.drift`` is how far the next pull finds the center from where this delta alone would
+        have taken it from the last one.
+        """
+        self._begin_operation()
+        with self._exposed():
+            self._refuse_nonfinite(delta)
+            self._stage(delta, 1.0, measure=self.measures_drift)
+        slots = self.announcement.double()
+        self._start(lambda: self._transmit(read_at, slots))
+        self.traffic.exchanges += 1
+
+    def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
+        """Reads the center and adds to it. Returns at once; raises like ``push``, from ``wait`` or the next operation.
+
+        The servers are asked, ``delta`` is called and the result is sent in a thread beside the caller.
+        """
+        self._begin_operation()
+        slots, measure = self.announcement.double(), self.measures_drift
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(x.device))
+            x.record_stream(self._stream)
+
+        def work() -> None:
+            with self._on_stream():
+                self._read()
+                delta(x, self._value)
+                self._refuse_nonfinite(x)
+                self._stage(x, scale, measure=measure)
+            self._transmit(self._clock, slots)
+            self.traffic.exchanges += 1
+
+        return _Pending(self, self._start(work), x)
+
+    def abstain(self) -> None:
+        self._begin_operation()
+        slots = self.announcement.double()
+        self._start(lambda: self._abstain(slots))
+
+    # --- what may go on in the thread -------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        for shard, _ in self._shards:
+            shard.request()
+        for shard, _ in self._shards:
+            shard.receive()
+        self._take_in()
+
+    def _take_in(self) -> None:
+        # Each shard counts its own additions; a delta's age is told in the first one's.
+        self._clock = self._shards[0][0].clock
+        self._offsets = [shard.clock - self._clock for shard, _ in self._shards]
+        if self._value is not self._vector:
+            self._value.copy_(self._vector)
+        if self._expected is not None:
+            self.traffic.drift = float(torch.linalg.vector_norm(self._vector - self._expected))
+            self._expected = None
+
+    def _stage(self, delta: Tensor, scale: float, *, measure: bool) -> None:
+        if delta.is_cuda or scale != 1:  # through a vector that stays, pinned where a device copies into it
+            if self._outbox is None:
+                self._outbox = torch.empty(delta.numel(), dtype=delta.dtype, pin_memory=delta.is_cuda)
+            delta = self._outbox.copy_(delta)
+            if scale != 1:
+                delta.mul_(scale)
+        for shard, part in self._shards:
+            shard.stage(delta[part])
+        if measure:
+            self._expected = self._vector + delta
+
+    def _transmit(self, read_at: int, slots: Tensor) -> None:
+        for (shard, _), offset in zip(self._shards, self._offsets, strict=True):
+            shard.transmit(read_at + offset, slots)
+
+    def _abstain(self, slots: Tensor) -> None:
+        for shard, _ in self._shards:
+            shard.abstain(slots)
+
+    def _flush(self) -> None:
+        for shard, _ in self._shards:
+            shard.flush()
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        torch.cuda.set_device(self._stream.device)  # a thread begins with device 0
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    # --- the caller's side ------------------------------------------------------------------------------------------
+
+    def _begin_operation(self) -> None:
+        if self._is_closed:
+            raise TransportError(f"replica {self.replica}: the center of the parameter server is closed")
+        self._settle(self._timeout)
+
+    def _start(self, operation: Callable[[], None]) -> "_Work":
+        self._unconfirmed = True
+        self._work = _Work(operation, self._worker)
+        return self._work
+
+    def _settle(self, timeout: timedelta) -> None:
+        """Completes the outstanding operation, or raises what it raised."""
+        work, self._work = self._work, None
+        if work is None:
+            return
+        began = time.perf_counter()
+        try:
+            work.finish(timeout)
+        except FutureTimeoutError as error:
+            self._cut()
+            raise TransportError(
+                f"replica {self.replica} of {self.num_replicas}: an operation of the parameter server that began "
+                f"{time.perf_counter() - work.began:.1f} s ago is not over; the timeout is {timeout.total_seconds()} s"
+            ) from error
+        finally:
+            self.traffic.exposed_s += time.perf_counter() - began
+            self.traffic.hidden_s += max(0.0, min(began, work.ended) - work.began)
+            self._note()
+
+    def _note(self) -> None:
+        """Takes over what the shards have learned and spent."""
+        for shard, _ in self._shards:
+            self.traffic.bytes_sent += shard.bytes_sent
+            self.traffic.wait_s += shard.wait_s
+            shard.bytes_sent, shard.wait_s = 0, 0.0
+        if self._server is not None:
+            self.traffic.bytes_sent += self._server.take_bytes_sent()
+        self.traffic.staleness = max(shard.staleness for shard, _ in self._shards)
+        self._clock = self._shards[0][0].clock
+        self.announced.copy_(self._shards[0][0].announced)
+
+    @contextlib.contextmanager
+    def _exposed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.traffic.exposed_s += time.perf_counter() - began
+
+    def _cut(self) -> None:
+        for shard, _ in self._shards:
+            shard.cut()
+
+    def lost(self) -> list[int]:
+        """Returns the replicas that had ended without ``close`` when a server last answered this one."""
+        return sorted({replica for shard, _ in self._shards for replica in shard.lost})
+
+    def drain(self, timeout: timedelta | None = None) -> None:
+        """Returns when the servers have added what this replica has pushed. See ``OpenCenter.drain``."""
+        if self._is_closed:
+            return
+        self._settle(timeout or self._timeout)
+        if self._unconfirmed:
+            self._start(self._flush)
+            self._settle(timeout or self._timeout)
+            self._unconfirmed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``OpenCenter.state_dict``. Asks the servers for what the rule remembers; blocks at most the timeout."""
+        self._begin_operation()
+        parts = [shard.memory() for shard, _ in self._shards]
+        return {
+            "clock": self.clock,
+            "rule": self._rule.state_dict(),
+            "memory": [torch.cat(slices) for slices in zip(*parts, strict=True)],
+            "traffic": vars(self.traffic).copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], value: Tensor) -> None:
+        """Restores the center; see ``OpenCenter.load_state_dict``. What replica 0 is given counts.
+
+        Raises:
+            TransportError: not all replicas came in time.
+        """
+        self._begin_operation()
+        self.drain()
+        self._rule.load_state_dict(state["rule"])
+        self.traffic = Traffic(**state["traffic"])
+        self._assembly.gather("restore", "")  # nobody adds any more
+        if self.replica == 0:
+            for shard, part in self._shards:
+                memory = [vector[part].cpu() for vector in state["memory"]]
+                shard.write(value[part].cpu(), memory, int(state["clock"]))
+        self._assembly.gather("restore", "")
+        for shard, _ in self._shards:
+            shard.read_exactly()
+        self._expected = None
+        self._take_in()
+        self._note()
+
+    def close(self) -> None:
+        """Leaves the center without waiting for other replicas; a server is given two seconds to hear it. Idempotent.
+
+        A server in this replica goes on serving its clients until they close.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._work is not None and not self._work.is_over_within(FAREWELL):
+            self._cut()
+        self._work = None
+        self._worker.shutdown()
+        for shard, _ in self._shards:
+            shard.close()
+        self._shards = []
+        self._vector = self._value = self._vector.new_empty(0)
+        self._outbox = None
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    kind: Any = torch.cuda.Stream  # torch does not annotate its constructor
+    return kind(device) if device.type == "cuda" else None
+
+
+class _Work:
+    """An operation in the thread of a ``DistantCenter``."""
+
+    def __init__(self, operation: Callable[[], None], worker: ThreadPoolExecutor) -> None:
+        self.began = self.ended = time.perf_counter()
+        self._operation = operation
+        self._future: Future[None] = worker.submit(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._operation()
+        finally:
+            self.ended = time.perf_counter()
+
+    def finish(self, timeout: timedelta) -> None:
+        """Waits until it is over and raises what it raised; ``FutureTimeoutError`` if it is not over."""
+        self._future.result(timeout.total_seconds())
+
+    def is_over_within(self, timeout: timedelta) -> bool:
+        """Waits until it is over, and returns whether it is."""
+        return bool(wait_for([self._future], timeout.total_seconds()).done)
+
+
+class _Pending:
+    """An exchange in the thread of a ``DistantCenter``."""
+
+    def __init__(self, center: DistantCenter, work: _Work, x: Tensor) -> None:
+        self._center, self._work, self._x = center, work, x
+
+    def done(self) -> None:
+        """Does nothing: the delta is the caller's own."""
+
+    def wait(self) -> Tensor:
+        if self._center._work is self._work:
+            self._center._settle(self._center._timeout)
+        else:  # another operation has completed it, or raised what it raised
+            self._work.finish(timedelta(0))
+        return self._x
