@@ -5,8 +5,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.communication._c10d import Store
-from lightning_easgd.communication._line import new_stream
+from lightning_easgd.communication._ferry import Ferry
+from lightning_easgd.communication._flight import Flight
 from lightning_easgd.communication._mapping import FREE_LOCK, Layout, Mapping
-from lightning_easgd.communication._transport import Completed, OpenCenter, Traffic, TransportError
+from lightning_easgd.communication._transport import Completed, OpenCenter, Outstanding, Traffic, TransportError
 from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
@@ -95,10 +94,8 @@ class SharedCenter(OpenCenter):
         self._order = [*range(first, len(self._parts)), *range(first)]
         self._snapshot: Tensor | None = None  # the private copy, on the CPU
         self._value: Tensor | None = None  # the private copy; where the replica is on the CPU, the same tensor
-        self._outbox: Tensor | None = None  # what is on its way from a device
-        self._device_work: _DeviceExchange | None = None
-        self._worker: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._lazy_ferry: Ferry | None = None  # of a replica on a device, from its first addition on
+        self._flight: Flight | None = None
         self._num_loads = 0
         self._is_closing = False
 
@@ -184,7 +181,7 @@ class SharedCenter(OpenCenter):
         began = time.perf_counter()
         self._refuse_nonfinite(delta)
         if delta.is_cuda:
-            delta = self._staged().copy_(delta)
+            delta = self._ferry.host.copy_(delta)
         with self._locked("push"):
             self._write_slots()
             weight = self._begin_addition(read_at)
@@ -216,21 +213,13 @@ class SharedCenter(OpenCenter):
         with self._locked("exchange"):
             self._write_slots()
             self._read_slots()
-            weight = self._begin_addition(int(self._mapping.counters[_COMPLETED]))
+            factor = scale * self._begin_addition(int(self._mapping.counters[_COMPLETED]))
         self.traffic.drift = 0.0
         if x.is_cuda:
-            if self._stream is None:
-                self._stream = new_stream(x.device)
-            self._device_work = _DeviceExchange(
-                x,
-                self._staged(),
-                lambda host: self._exchange(host, delta, scale * weight, is_huge),
-                self._executor(),
-                self._stream,
-            )
+            flight = self._flight = self._ferry.carry(x, lambda host: self._exchange(host, delta, factor, is_huge))
             self.traffic.exposed_s += time.perf_counter() - began
-            return _PendingExchange(self, self._device_work)
-        self._exchange(x, delta, scale * weight, is_huge)
+            return Outstanding(x, complete=lambda: self._complete(flight))
+        self._exchange(x, delta, factor, is_huge)
         self.traffic.exposed_s += time.perf_counter() - began
         return Completed(x)
 
@@ -346,16 +335,11 @@ class SharedCenter(OpenCenter):
             self._value = torch.empty_like(self._snapshot, device=self._device) if pinned else self._snapshot
         return self._snapshot, self._value
 
-    def _staged(self) -> Tensor:
-        if self._outbox is None:
-            layout = self._mapping.layout
-            self._outbox = torch.empty(layout.numel, dtype=layout.dtype, pin_memory=True)
-        return self._outbox
-
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="lightning_easgd-exchange")
-        return self._worker
+    @property
+    def _ferry(self) -> Ferry:
+        if self._lazy_ferry is None:
+            self._lazy_ferry = Ferry(self._mapping.vectors[0], self._device)
+        return self._lazy_ferry
 
     def lost(self) -> list[int]:
         """Returns the replicas that gave their locks back without ``close``; see ``OpenCenter.lost``."""
@@ -363,17 +347,18 @@ class SharedCenter(OpenCenter):
 
     def drain(self, timeout: timedelta | None = None) -> None:
         """Completes an exchange that a device is waiting for, if there is one; see ``OpenCenter.drain``."""
-        work, self._device_work = self._device_work, None
-        if work is None:
+        flight, self._flight = self._flight, None
+        if flight is None:
             return
-        began = time.perf_counter()
-        try:
-            took_s = work.finish(self._timeout if timeout is None else timeout)
-        except FutureTimeoutError as error:
-            raise TransportError(f"replica {self.replica} of {self.num_replicas}: its exchange did not end") from error
-        waited_s = time.perf_counter() - began
-        self.traffic.exposed_s += waited_s
-        self.traffic.hidden_s += max(0.0, took_s - waited_s)
+        if not flight.finish(self._timeout if timeout is None else timeout, self.traffic):
+            raise TransportError(f"replica {self.replica} of {self.num_replicas}: its exchange did not end")
+        flight.check()
+
+    def _complete(self, flight: Flight) -> None:
+        if self._flight is flight:
+            self.drain()
+        else:  # another operation has completed it, or raised what it raised
+            flight.check()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock, the rule's state and vectors, and this replica's traffic; see ``OpenCenter.state_dict``."""
@@ -438,12 +423,11 @@ class SharedCenter(OpenCenter):
 
     def _release(self) -> None:
         self._is_closing = True
-        if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
-        self._device_work = None
+        if self._lazy_ferry is not None:
+            self._lazy_ferry.close()
+        self._lazy_ferry = self._flight = None
         self._parts, self._order = [], []
-        self._snapshot = self._value = self._outbox = None
+        self._snapshot = self._value = None
 
 
 class _Patience:
@@ -472,64 +456,6 @@ class _Patience:
         self._waited_s += took_s
         center.traffic.wait_s += took_s
         self._next_s = min(2 * self._next_s, _LONGEST_S)
-
-
-class _DeviceExchange:
-    """An exchange of a vector on a CUDA device: to pinned memory and back on a stream of its own, beside the caller.
-
-    Args:
-        x: (d,) on a device.
-        host: (d,) pinned; used until ``finish``, and by the next exchange in the same stream.
-        exchange: works on ``host`` in place.
-        worker: where ``exchange`` is called.
-        stream: of the center, beside the caller's.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        host: Tensor,
-        exchange: Callable[[Tensor], None],
-        worker: ThreadPoolExecutor,
-        stream: torch.cuda.Stream,
-    ) -> None:
-        self.x = x
-        self._host, self._exchange = host, exchange
-        self._stream: Any = stream  # its methods are not typed
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
-            host.copy_(x, non_blocking=True)
-        x.record_stream(self._stream)
-        self._future: Future[float] = worker.submit(self._run)
-
-    def _run(self) -> float:
-        began = time.perf_counter()
-        torch.cuda.set_device(self.x.device)  # a thread begins with device 0
-        self._stream.synchronize()
-        self._exchange(self._host)
-        with torch.cuda.stream(self._stream):
-            self.x.copy_(self._host, non_blocking=True)
-        self._stream.synchronize()
-        return time.perf_counter() - began
-
-    def finish(self, timeout: timedelta) -> float:
-        """Blocks until ``x`` holds the delta and returns the seconds that it took; raises what the exchange raised."""
-        return self._future.result(timeout.total_seconds())
-
-
-class _PendingExchange:
-    def __init__(self, center: SharedCenter, work: _DeviceExchange) -> None:
-        self._center, self._work = center, work
-
-    def done(self) -> None:
-        """Does nothing: the delta is the caller's own."""
-
-    def wait(self) -> Tensor:
-        if self._center._device_work is self._work:
-            self._center.drain()
-        else:  # another operation has completed it, or raised what it raised
-            self._work.finish(timedelta(0))
-        return self._work.x
 
 
 def _chunks(vector: Tensor, size: int) -> list[Tensor]:

@@ -24,6 +24,7 @@ __all__ = [
     "Completed",
     "NonFiniteDeltaError",
     "OpenCenter",
+    "Outstanding",
     "Traffic",
     "Transport",
     "TransportError",
@@ -85,6 +86,34 @@ class Completed:
 
     def done(self) -> None:
         """Does nothing: the delta is the caller's own."""
+
+
+def _nothing() -> None:
+    pass
+
+
+class Outstanding:
+    """An exchange of which something is still to come.
+
+    Args:
+        delta: (d,) the caller's vector, or the one that the center has lent.
+        complete: called by ``wait``: blocks until ``delta`` is there, and raises if it is not to be. By default it is.
+        release: called by ``done``: takes back what was lent. By default the delta is the caller's own.
+    """
+
+    def __init__(
+        self, delta: Tensor, *, complete: Callable[[], None] = _nothing, release: Callable[[], None] = _nothing
+    ) -> None:
+        self._delta, self._complete, self._release = delta, complete, release
+
+    def wait(self) -> Tensor:
+        """Completes the exchange and returns its delta."""
+        self._complete()
+        return self._delta
+
+    def done(self) -> None:
+        """Gives a vector that was lent back."""
+        self._release()
 
 
 class OpenCenter(ABC):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_easgd.algorithms import EASGD
-from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, OpenCenter, TransportError
+from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, OpenCenter, TransportError, _flight
 from lightning_easgd.communication._c10d import Group, Store, new_group
 from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.flatten import ParameterVector
@@ -119,7 +119,7 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monke
     )
     hours = [0]  # that the clock has been put forward, while both replicas computed
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
-    monkeypatch.setattr(_replicated_center, "time", clock)
+    monkeypatch.setattr(_flight, "time", clock)
     computing = threading.Barrier(2, lambda: hours.__setitem__(0, hours[0] + 1), TIMEOUT.total_seconds())
 
     def body(replica, store):
@@ -133,8 +133,7 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monke
                     if in_between:  # compute that lasts as long as the collective
                         computing.wait()
                         gates[replica].set()
-                        center._flight.thread.join(TIMEOUT.total_seconds())
-                        assert not center._flight.thread.is_alive()
+                        assert center._flight[0].is_over(TIMEOUT)
                         gates[replica].clear()
 
                 algorithm.step(vector, center, local_update)
@@ -178,7 +177,7 @@ def test_a_lent_vector_is_exchanged_like_the_callers_own(rule, numel, shared_mem
                 x = center.borrow() if lent else own
                 x.normal_(generator=generator)
                 pending = center.exchange(x, torch.Tensor.sub_, scale=0.3)
-                center._flight.thread.join(0.05)  # as far as it comes while the force is needed
+                center._flight[0].is_over(timedelta(seconds=0.05))  # as far as it comes while the force is needed
                 forces.append(pending.wait().clone())
                 if lent:
                     pending.done()
@@ -277,13 +276,12 @@ def test_close_does_not_wait_for_what_is_outstanding(monkeypatch, shared_memory)
         if replica == 0:
             center._group._group._set_default_timeout(timedelta(seconds=2))  # of the operation alone
             center.push(torch.ones(5), read_at=0)
-            thread = center._flight.thread
+            flight = center._flight[0]
             assert gate.reached.wait(TIMEOUT.total_seconds())
             center.close()
-            assert thread.is_alive()  # it stands before the gate
+            assert not flight.is_over()  # it stands before the gate
             gate.set()
-            thread.join(2 * TIMEOUT.total_seconds())
-            assert not thread.is_alive()
+            assert flight.is_over(2 * TIMEOUT)
             store.set("closed", "")
         store.wait(["closed"], 2 * TIMEOUT)
         center.close()

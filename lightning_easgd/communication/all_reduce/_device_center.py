@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_easgd.communication._c10d import Store
 from lightning_easgd.communication._line import Place, await_event, elapsed_s, finite_or_zero_, new_event, new_stream
-from lightning_easgd.communication._transport import Completed, TransportError
+from lightning_easgd.communication._transport import Completed, Outstanding, TransportError
 from lightning_easgd.communication._wire import Chunk, Lane, Wire
-from lightning_easgd.communication.all_reduce._replicated_center import ReplicatedCenter, _Lent
+from lightning_easgd.communication.all_reduce._replicated_center import ReplicatedCenter
 from lightning_easgd.interfaces import Exchange
 from lightning_easgd.rules import CenterRule
 
@@ -115,7 +115,7 @@ class DeviceCenter(ReplicatedCenter):
             self._enqueue(self._message(), 1.0, is_lent=False, finite=finite)
             return Completed(x)
         launch = self._enqueue(self._other, scale * self._rule.weight(0), is_lent=True, finite=finite)
-        return _Lent(x, lambda: self._give_back(launch))
+        return Outstanding(x, release=lambda: self._give_back(launch))
 
     def abstain(self) -> None:
         self._require_open()

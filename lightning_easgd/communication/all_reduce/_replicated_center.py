@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.communication._c10d import Group, PrefixStore, Store, Work, new_group
+from lightning_easgd.communication._flight import Flight, in_daemon_thread
 from lightning_easgd.communication._line import Place
 from lightning_easgd.communication._shared_vectors import SharedVectors
-from lightning_easgd.communication._transport import Completed, OpenCenter, Traffic, TransportError
+from lightning_easgd.communication._transport import Completed, OpenCenter, Outstanding, Traffic, TransportError
 from lightning_easgd.communication._wire import (
     Chunk,
     Errors,
@@ -71,26 +72,23 @@ class Revocable:
             raise RuntimeError("it was given up")
 
 
-class _Flight:
-    """An exchange from its launch to its end, as the caller's thread and the center's both see it.
+class _Sent:
+    """What this replica sends in an exchange, as the caller's thread and the one of the exchange see it.
 
     Attributes:
-        adds: whether this replica adds a delta.
-        lent: what a caller may still read, and that is in the center's memory; None where nothing is.
-        released: set when the delta's memory may be overwritten.
-        cancelled: whether it is given up; set before ``released``.
-        error: what ended it too early.
+        delta: (d,) what it adds, in the center's memory; None for an abstention.
+        scale: its factor.
+        lent: what a caller may still read of that memory; None where nothing is.
+        released: set when the memory may be overwritten.
+        cancelled: whether the exchange is given up; set before ``released``.
     """
 
-    def __init__(self, *, adds: bool) -> None:
-        self.adds = adds
-        self.lent: Tensor | None = None
+    def __init__(self, delta: Tensor | None, scale: float, *, lent: Tensor | None) -> None:
+        self.delta, self.scale, self.lent = delta, scale, lent
         self.released = threading.Event()
         self.cancelled = False
-        self.error: Exception | None = None
-        self.launched_at = time.perf_counter()
-        self.completed_at = math.inf
-        self.thread: threading.Thread | None = None
+        if lent is None:
+            self.release()
 
     @property
     def is_free(self) -> bool:
@@ -101,32 +99,25 @@ class _Flight:
         """Lets the delta's memory be overwritten."""
         self.released.set()
 
-    def keep(self) -> None:
-        """Gives the caller a copy of what it may still read, in the very tensor that it holds."""
+    def take_back(self) -> None:
+        """Does the same, and gives the caller a copy of what it may still read, in the very tensor that it holds."""
         lent, self.lent = self.lent, None
         if lent is not None and not self.released.is_set():
             with torch.no_grad():
                 lent.set_(lent.clone())  # type: ignore[call-overload]
+        self.release()
 
+    def cancel(self) -> None:
+        """Gives the exchange up."""
+        self.cancelled = True
+        self.release()
 
-class _Lent:
-    """An exchange of the vector that the center lends.
-
-    Args:
-        delta: (d,) what the caller may read until ``done``.
-        release: gives its memory back.
-    """
-
-    def __init__(self, delta: Tensor, release: Callable[[], None]) -> None:
-        self._delta, self._release = delta, release
-
-    def wait(self) -> Tensor:
-        """Returns the delta at once."""
-        return self._delta
-
-    def done(self) -> None:
-        """Gives the delta's memory back."""
-        self._release()
+    def await_release(self, timeout: timedelta) -> None:
+        """Waits until the delta's memory may be overwritten; ``RuntimeError`` if it may not in time."""
+        if not self.released.wait(timeout.total_seconds()):
+            raise RuntimeError("the vector that the center had lent was not given back in time")
+        if self.cancelled:
+            raise RuntimeError("it was given up")
 
 
 class ReplicatedCenter(OpenCenter):
@@ -174,7 +165,7 @@ class ReplicatedCenter(OpenCenter):
         self._by_chunks = not rule.num_vectors and not rule.synchronous_only
         # How many deltas there are in the sum, and the sum of the slots.
         self._header = self._new_header(initial, num_slots)
-        self._flight: _Flight | None = None
+        self._flight: tuple[Flight, _Sent] | None = None
         self._failed = False
         # The clocks after exchanges in which nobody added anything: they make no delta older.
         self._idle: list[int] = []
@@ -257,7 +248,7 @@ class ReplicatedCenter(OpenCenter):
         self._require_open()
         if not math.isfinite(self._copy(delta, read_at, 1.0, look=True)):
             self._refuse_nonfinite(delta)
-        self._launch(self._other, 1.0, free=True)
+        self._launch(self._other, 1.0)
 
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:
         snapshot = self.pull()
@@ -269,17 +260,16 @@ class ReplicatedCenter(OpenCenter):
             self._refuse_nonfinite(x)
         if self._other is None or x.data_ptr() != self._other.data_ptr():
             self._copy(x, snapshot.clock, scale, look=False)
-            self._launch(self._other, 1.0, free=True)
+            self._launch(self._other, 1.0)
             return Completed(x)
-        flight = self._launch(self._other, scale * self._rule.weight(0), free=False)
-        flight.lent = x
-        return _Lent(x, flight.release)
+        sent = self._launch(self._other, scale * self._rule.weight(0), lent=x)
+        return Outstanding(x, release=sent.release)
 
     def abstain(self) -> None:
         self._require_open()
         self.drain()
         self._message()
-        self._launch(None, 1.0, free=True)
+        self._launch(None, 1.0)
 
     def _copy(self, delta: Tensor, read_at: int, scale: float, *, look: bool) -> float:
         """Puts a delta with its factors into the memory of the next exchange.
@@ -307,16 +297,13 @@ class ReplicatedCenter(OpenCenter):
                 "longer in step, and the center has the value from before it"
             )
 
-    def _launch(self, delta: Tensor | None, scale: float, *, free: bool) -> _Flight:
+    def _launch(self, delta: Tensor | None, scale: float, *, lent: Tensor | None = None) -> _Sent:
         self._header[0] = 0 if delta is None else 1
         self._header[1:].copy_(self.announcement)
-        flight = self._flight = _Flight(adds=delta is not None)
-        if free:
-            flight.release()
-        flight.thread = threading.Thread(target=self._fly, args=(flight, delta, scale), name="all-reduce", daemon=True)
-        flight.thread.start()
-        self._count_launch(adds=flight.adds)
-        return flight
+        sent = _Sent(delta, scale, lent=lent)
+        self._flight = Flight(lambda: self._fly(sent), in_daemon_thread("all-reduce")), sent
+        self._count_launch(adds=delta is not None)
+        return sent
 
     def _count_launch(self, *, adds: bool) -> None:
         self.traffic.bytes_sent += self._bytes_of_header + (self._bytes_of_payload if adds else 0)
@@ -324,19 +311,14 @@ class ReplicatedCenter(OpenCenter):
 
     # --- in the thread of an exchange -------------------------------------------------------------------------------
 
-    def _fly(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
-        try:
-            with torch.no_grad():
-                if self._shared is None:
-                    self._sum(flight, delta, scale)
-                else:
-                    self._sum_in_memory(self._shared, flight, delta, scale)
-        except Exception as error:
-            flight.error = error  # raised by ``drain``
-        finally:
-            flight.completed_at = time.perf_counter()
+    @torch.no_grad()
+    def _fly(self, sent: _Sent) -> None:
+        if self._shared is None:
+            self._sum(sent)
+        else:
+            self._sum_in_memory(self._shared, sent)
 
-    def _sum(self, flight: _Flight, delta: Tensor | None, scale: float) -> None:
+    def _sum(self, sent: _Sent) -> None:
         """Sums header and chunks over the replicas; the order of operations is the same in all of them.
 
         Chunks follow the header where anyone adds something. Who adds knows that, and does not wait for the header.
@@ -344,7 +326,7 @@ class ReplicatedCenter(OpenCenter):
         assert self._group is not None
         chunks, lanes = self._layout.chunks, self._ready_lanes()
         heading = self._group.allreduce([self._header])
-        if delta is None:
+        if sent.delta is None:
             heading.wait(self._timeout)
             if self._header[0] == 0:
                 return
@@ -352,45 +334,38 @@ class ReplicatedCenter(OpenCenter):
             if i < len(chunks):
                 lane, chunk = lanes[i % len(lanes)], chunks[i]
                 if i >= len(lanes):
-                    self._settle(flight, chunks[i - len(lanes)], lane.finish())
-                part = None if delta is None else delta[chunk[0] : chunk[1]]
-                lane.launch(chunk, part, scale, in_place=flight.is_free)
+                    self._settle(sent, chunks[i - len(lanes)], lane.finish())
+                part = None if sent.delta is None else sent.delta[chunk[0] : chunk[1]]
+                lane.launch(chunk, part, sent.scale, in_place=sent.is_free)
             if i == 0:
                 heading.wait(self._timeout)
             else:
                 lanes[(i - 1) % len(lanes)].relay()
         for i in range(len(chunks) - len(lanes), len(chunks)):
-            self._settle(flight, chunks[i], lanes[i % len(lanes)].finish())
+            self._settle(sent, chunks[i], lanes[i % len(lanes)].finish())
 
     def _ready_lanes(self) -> list[Lane]:
         while len(self._lanes) < min(_NUM_LANES, len(self._layout.chunks)):
             self._lanes.append(self._new_lane())
         return self._lanes
 
-    def _sum_in_memory(self, shared: SharedVectors, flight: _Flight, delta: Tensor | None, scale: float) -> None:
+    def _sum_in_memory(self, shared: SharedVectors, sent: _Sent) -> None:
         """The same without messages: each replica makes one part of the new center, or of the sum."""
         assert self._group is not None
         assert self._other is not None
-        shared.factors[self.replica].fill_(math.nan if delta is None else scale)
+        shared.factors[self.replica].fill_(math.nan if sent.delta is None else sent.scale)
         self._group.allreduce([self._header]).wait(self._timeout)  # now all deltas are there
         if self._header[0] > 0:
-            self._await_release(flight)
+            sent.await_release(self._timeout)
             index = shared.index_of(self._other)
             shared.reduce(index, self._value, self._rule if self._by_chunks else None)
             self._group.allreduce([self._token]).wait(self._timeout)  # and now all parts
             shared.gather(index)
             self._group.allreduce([self._token]).wait(self._timeout)  # nobody reads this replica's any more
 
-    def _await_release(self, flight: _Flight) -> None:
-        """Waits until the delta's memory may be overwritten."""
-        if not flight.released.wait(self._timeout.total_seconds()):
-            raise RuntimeError("the vector that the center had lent was not given back in time")
-        if flight.cancelled:
-            raise RuntimeError("it was given up")
-
-    def _settle(self, flight: _Flight, chunk: Chunk, total: Tensor) -> None:
+    def _settle(self, sent: _Sent, chunk: Chunk, total: Tensor) -> None:
         """Writes the new center's chunk, or the sum's, over the delta's, once that is no longer needed."""
-        self._await_release(flight)
+        sent.await_release(self._timeout)
         self._write(chunk, total)
 
     def _write(self, chunk: Chunk, total: Tensor) -> None:
@@ -405,29 +380,25 @@ class ReplicatedCenter(OpenCenter):
     # --- in the caller's --------------------------------------------------------------------------------------------
 
     def drain(self, timeout: timedelta | None = None) -> None:
-        flight, self._flight = self._flight, None
-        if flight is None:
+        outstanding, self._flight = self._flight, None
+        if outstanding is None:
             return
-        assert flight.thread is not None
-        began = time.perf_counter()
-        flight.keep()
-        flight.release()
+        flight, sent = outstanding
+        age_s = time.perf_counter() - flight.launched_at
+        sent.take_back()
         # The operations' own timeout says more, so it may come first.
-        flight.thread.join(self._timeout.total_seconds() + 1 if timeout is None else timeout.total_seconds())
-        if flight.thread.is_alive() or flight.error is not None:
-            self._failed = flight.cancelled = True
+        limit = self._timeout + timedelta(seconds=1) if timeout is None else timeout
+        if not flight.finish(limit, self.traffic) or flight.error is not None:
+            self._failed = True
+            sent.cancel()
             raise TransportError(
-                f"replica {self.replica} of {self.num_replicas}: the all-reduce that began "
-                f"{began - flight.launched_at:.1f} s ago did not complete and was not applied: "
-                f"{flight.error or 'the time is out'}"
+                f"replica {self.replica} of {self.num_replicas}: the all-reduce that began {age_s:.1f} s ago did not "
+                f"complete and was not applied: {flight.error or 'the time is out'}"
             ) from flight.error
-        ended = time.perf_counter()
-        self.traffic.exposed_s += ended - began
-        self.traffic.hidden_s += max(0.0, min(flight.completed_at, began) - flight.launched_at)
         num_deltas = int(self._header[0])
         if num_deltas > 0:  # where all abstain, a rule with momentum must not take it for a step of zero
             self._take_sum()
-        self._note(self._header[1:], num_deltas, num_deltas, adds=flight.adds)
+        self._note(self._header[1:], num_deltas, num_deltas, adds=sent.delta is not None)
 
     def _take_sum(self) -> None:
         """Makes the new center of what an exchange has left beside the old one."""
@@ -474,12 +445,11 @@ class ReplicatedCenter(OpenCenter):
 
     def close(self) -> None:
         group, self._group = self._group, None
-        flight, self._flight = self._flight, None
+        outstanding, self._flight = self._flight, None
         # A group waits for its operations when it is destroyed; one that a lost peer never answers must not hold us.
-        if flight is not None:
-            flight.cancelled = True
-            flight.release()
-        if group is not None and (flight is not None or self._failed):
+        if outstanding is not None:
+            outstanding[1].cancel()
+        if group is not None and (outstanding is not None or self._failed):
             group.revoke()
         self._value = self._value.new_empty(0)
         self._other, self._errors, self._shared = None, None, None

@@ -3,17 +3,17 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures import wait as wait_for
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_easgd.communication._flight import Flight
+from lightning_easgd.communication._line import new_stream
 from lightning_easgd.communication._session import FAREWELL, SessionServer, Terms
-from lightning_easgd.communication._transport import OpenCenter, Traffic, TransportError
+from lightning_easgd.communication._transport import OpenCenter, Outstanding, Traffic, TransportError
 from lightning_easgd.communication.parameter_server._assembly import Assembly
 from lightning_easgd.communication.parameter_server._shards import Shard
 from lightning_easgd.interfaces import Exchange, Snapshot
@@ -52,12 +52,12 @@ class DistantCenter(OpenCenter):
         self._shards = [(shard, terms.shard(k)) for k, shard in enumerate(shards)]
         self._vector = vector  # on the CPU; the shards write their slices
         self._value = vector.to(device)  # the same tensor where the replica is on the CPU
-        self._stream = _new_stream(device)
+        self._stream = new_stream(device) if device.type == "cuda" else None
         self._outbox: Tensor | None = None  # a delta on its way to the messages
         self._expected: Tensor | None = None  # where the center would be next time, if nobody else added to it
         self._unconfirmed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lightning_easgd-client")
-        self._work: _Work | None = None
+        self._flight: Flight | None = None
         self._is_closed = False
         self._take_in()
         self._note()
@@ -111,7 +111,8 @@ class DistantCenter(OpenCenter):
             self._transmit(self._clock, slots)
             self.traffic.exchanges += 1
 
-        return _Pending(self, self._start(work), x)
+        flight = self._start(work)
+        return Outstanding(x, complete=lambda: self._complete(flight))
 
     def abstain(self) -> None:
         self._begin_operation()
@@ -178,29 +179,32 @@ class DistantCenter(OpenCenter):
             raise TransportError(f"replica {self.replica}: the center of the parameter server is closed")
         self._settle(self._timeout)
 
-    def _start(self, operation: Callable[[], None]) -> "_Work":
+    def _start(self, operation: Callable[[], None]) -> Flight:
         self._unconfirmed = True
-        self._work = _Work(operation, self._worker)
-        return self._work
+        flight = self._flight = Flight(operation, self._worker.submit)
+        return flight
 
     def _settle(self, timeout: timedelta) -> None:
         """Completes the outstanding operation, or raises what it raised."""
-        work, self._work = self._work, None
-        if work is None:
+        flight, self._flight = self._flight, None
+        if flight is None:
             return
-        began = time.perf_counter()
-        try:
-            work.finish(timeout)
-        except FutureTimeoutError as error:
+        is_over = flight.finish(timeout, self.traffic)
+        self._note()
+        if not is_over:
             self._cut()
             raise TransportError(
                 f"replica {self.replica} of {self.num_replicas}: an operation of the parameter server that began "
-                f"{time.perf_counter() - work.began:.1f} s ago is not over; the timeout is {timeout.total_seconds()} s"
-            ) from error
-        finally:
-            self.traffic.exposed_s += time.perf_counter() - began
-            self.traffic.hidden_s += max(0.0, min(began, work.ended) - work.began)
-            self._note()
+                f"{time.perf_counter() - flight.launched_at:.1f} s ago is not over; the timeout is "
+                f"{timeout.total_seconds()} s"
+            )
+        flight.check()
+
+    def _complete(self, flight: Flight) -> None:
+        if self._flight is flight:
+            self._settle(self._timeout)
+        else:  # another operation has completed it, or raised what it raised
+            flight.check()
 
     def _note(self) -> None:
         """Takes over what the shards have learned and spent."""
@@ -281,57 +285,12 @@ class DistantCenter(OpenCenter):
         if self._is_closed:
             return
         self._is_closed = True
-        if self._work is not None and not self._work.is_over_within(FAREWELL):
+        if self._flight is not None and not self._flight.is_over(FAREWELL):
             self._cut()
-        self._work = None
+        self._flight = None
         self._worker.shutdown()
         for shard, _ in self._shards:
             shard.close()
         self._shards = []
         self._vector = self._value = self._vector.new_empty(0)
         self._outbox = None
-
-
-def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    kind: Any = torch.cuda.Stream  # torch does not annotate its constructor
-    return kind(device) if device.type == "cuda" else None
-
-
-class _Work:
-    """An operation in the thread of a ``DistantCenter``."""
-
-    def __init__(self, operation: Callable[[], None], worker: ThreadPoolExecutor) -> None:
-        self.began = self.ended = time.perf_counter()
-        self._operation = operation
-        self._future: Future[None] = worker.submit(self._run)
-
-    def _run(self) -> None:
-        try:
-            self._operation()
-        finally:
-            self.ended = time.perf_counter()
-
-    def finish(self, timeout: timedelta) -> None:
-        """Waits until it is over and raises what it raised; ``FutureTimeoutError`` if it is not over."""
-        self._future.result(timeout.total_seconds())
-
-    def is_over_within(self, timeout: timedelta) -> bool:
-        """Waits until it is over, and returns whether it is."""
-        return bool(wait_for([self._future], timeout.total_seconds()).done)
-
-
-class _Pending:
-    """An exchange in the thread of a ``DistantCenter``."""
-
-    def __init__(self, center: DistantCenter, work: _Work, x: Tensor) -> None:
-        self._center, self._work, self._x = center, work, x
-
-    def done(self) -> None:
-        """Does nothing: the delta is the caller's own."""
-
-    def wait(self) -> Tensor:
-        if self._center._work is self._work:
-            self._center._settle(self._center._timeout)
-        else:  # another operation has completed it, or raised what it raised
-            self._work.finish(timedelta(0))
-        return self._x
