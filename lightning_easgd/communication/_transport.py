@@ -153,7 +153,8 @@ class OpenCenter(ABC):
         """(d,) the center as of the last completed pull, without waiting for an outstanding one. Not a copy.
 
         A synchronous center's is after the last completed exchange. Where the center lives elsewhere this is the
-        replica's private copy.
+        replica's private copy; where there is none, since nothing was pulled yet or an exchange has used its memory, it
+        pulls. Ask for it again after an exchange.
         """
 
     @property

@@ -18,7 +18,7 @@ from lightning_easgd.communication._c10d import Group, Store, new_group
 from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
-from tests.helpers import SOON_S, TIMEOUT, run_replicas, run_threads, shorten
+from tests.helpers import SOON_S, TIMEOUT, peak_bytes, run_replicas, run_threads, shorten
 
 
 class _Gate(threading.Event):
@@ -291,11 +291,6 @@ def test_close_does_not_wait_for_what_is_outstanding(monkeypatch, shared_memory)
 
 def _grow(replica: int, path: str, numel: int, shared_memory: bool) -> float:
     """Returns by how much, in vectors, the most memory that was ever in use grew with exchanges of the lent vector."""
-
-    def peak_bytes() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
     parameters = torch.zeros(numel)
     open_one = partial(open_center, replica, shared_memory=shared_memory)
     with open_one(torch.distributed.FileStore(f"{path}/warm", 2), torch.zeros(1 << 21)) as center:

@@ -34,7 +34,9 @@ class ParameterServer(Transport):
     clients have closed; its process, should it end before, first waits for that, 30 seconds at most.
 
     Memory: where a shard is served its slice, what the rule remembers, and for each session two slices (with
-    ``wire="bfloat16"`` three and a half); in a remote replica the vector and a message (with bfloat16 two and a half).
+    ``wire="bfloat16"`` three and a half); in a remote replica two vectors, one of which it lends to an exchange (with
+    bfloat16 three and a half; on a CUDA device two there, and on the host two of pinned memory), and one more from an
+    exchange whose drift is measured to the next.
 
     Args:
         num_shards: number of slices, >= 1, at most the number of hosts.

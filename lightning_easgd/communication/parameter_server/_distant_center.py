@@ -15,7 +15,7 @@ from lightning_easgd.communication._line import new_stream
 from lightning_easgd.communication._session import FAREWELL, SessionServer, Terms
 from lightning_easgd.communication._transport import OpenCenter, Outstanding, Traffic, TransportError
 from lightning_easgd.communication.parameter_server._assembly import Assembly
-from lightning_easgd.communication.parameter_server._shards import Shard
+from lightning_easgd.communication.parameter_server._shards import Shard, write_scaled
 from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
@@ -26,7 +26,11 @@ class DistantCenter(OpenCenter):
     """The center in a replica that does not share the memory of all of it.
 
     What takes a server's time goes on in a thread beside the caller, one operation at a time: a push, or a whole
-    exchange. ``value`` may change while an exchange is outstanding.
+    exchange.
+
+    On the CPU, with numbers that travel as they are, it has two vectors. In one the center arrives. The other is lent,
+    or has a copy of what is pushed. Both are sent from where they lie. The caller may still read what it has been lent
+    while that is sent, so that a factor goes into the other one; ``value`` is then read anew if it is asked for.
     """
 
     synchronous = False
@@ -50,10 +54,14 @@ class DistantCenter(OpenCenter):
         self._terms, self._rule, self._timeout = terms, rule, timeout
         self._assembly, self._server = assembly, server
         self._shards = [(shard, terms.shard(k)) for k, shard in enumerate(shards)]
+        self._rounds = terms.wire_dtype != terms.torch_dtype
         self._vector = vector  # on the CPU; the shards write their slices
         self._value = vector.to(device)  # the same tensor where the replica is on the CPU
+        # Whether what arrives and what is sent has other memory than ``value``.
+        self._is_buffered = self._rounds or self._value is not vector
+        self._is_whole = True  # whether ``value`` is the center as of a reading
         self._stream = new_stream(device) if device.type == "cuda" else None
-        self._outbox: Tensor | None = None  # a delta on its way to the messages
+        self._message: Tensor | None = None  # on the CPU, from the first use on
         self._expected: Tensor | None = None  # where the center would be next time, if nobody else added to it
         self._unconfirmed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lightning_easgd-client")
@@ -64,6 +72,9 @@ class DistantCenter(OpenCenter):
 
     @property
     def value(self) -> Tensor:
+        """(d,) the center as of the last reading; read anew if its memory has been used since. See ``OpenCenter``."""
+        if not self._is_whole:
+            self.pull()
         return self._value
 
     @property
@@ -74,8 +85,23 @@ class DistantCenter(OpenCenter):
         self._begin_operation()
         with self._exposed():
             self._read()
+            self._is_whole = True
         self._note()
         return Snapshot(self._value, self.clock)
+
+    def borrow(self) -> Tensor:
+        """Completes what is outstanding and lends (d,) memory for the x of the next exchange. See ``Center.borrow``."""
+        self._begin_operation()
+        return super().borrow() if self._rounds or self._value.is_cuda else self._outgoing()
+
+    def _new_vector(self) -> Tensor:
+        return torch.empty_like(self._value)
+
+    def _outgoing(self) -> Tensor:
+        if self._message is None:
+            with torch.inference_mode(False):  # the thread, which may write it, is outside of the caller's mode
+                self._message = torch.empty_like(self._vector, pin_memory=self._value.is_cuda)
+        return self._message
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
         """Adds ``delta`` to the center; returns as soon as it is copied. See ``OpenCenter.push``.
@@ -86,7 +112,9 @@ class DistantCenter(OpenCenter):
         self._begin_operation()
         with self._exposed():
             self._refuse_nonfinite(delta)
-            self._stage(delta, 1.0, measure=self.measures_drift)
+            measure = self.measures_drift and self._is_whole
+            is_kept = self._stage(delta, 1.0, measure=measure, is_the_callers=True)
+            self._is_whole = self._is_whole and is_kept
         slots = self.announcement.double()
         self._start(lambda: self._transmit(read_at, slots))
         self.traffic.exchanges += 1
@@ -102,12 +130,14 @@ class DistantCenter(OpenCenter):
             self._stream.wait_stream(torch.cuda.current_stream(x.device))
             x.record_stream(self._stream)
 
+        self._is_whole = self._is_buffered
+
         def work() -> None:
             with self._on_stream():
                 self._read()
                 delta(x, self._value)
                 self._refuse_nonfinite(x)
-                self._stage(x, scale, measure=measure)
+                self._is_whole = self._stage(x, scale, measure=measure, is_the_callers=False)
             self._transmit(self._clock, slots)
             self.traffic.exchanges += 1
 
@@ -122,6 +152,7 @@ class DistantCenter(OpenCenter):
     # --- what may go on in the thread -------------------------------------------------------------------------------
 
     def _read(self) -> None:
+        self._is_whole = self._is_buffered
         for shard, _ in self._shards:
             shard.request()
         for shard, _ in self._shards:
@@ -138,17 +169,34 @@ class DistantCenter(OpenCenter):
             self.traffic.drift = float(torch.linalg.vector_norm(self._vector - self._expected))
             self._expected = None
 
-    def _stage(self, delta: Tensor, scale: float, *, measure: bool) -> None:
-        if delta.is_cuda or scale != 1:  # through a vector that stays, pinned where a device copies into it
-            if self._outbox is None:
-                self._outbox = torch.empty(delta.numel(), dtype=delta.dtype, pin_memory=delta.is_cuda)
-            delta = self._outbox.copy_(delta)
+    def _stage(self, x: Tensor, scale: float, *, measure: bool, is_the_callers: bool) -> bool:
+        """Makes ``scale * x`` what the next ``_transmit`` sends.
+
+        Args:
+            x: (d,) on the replica's device, finite. It is only read, and afterwards by the caller too.
+            scale: its factor.
+            measure: whether the next reading measures the drift.
+            is_the_callers: whether the caller may also write to ``x`` afterwards, lent or not.
+
+        Returns:
+            Whether the center that was read last is still in its memory.
+        """
+        if x.is_cuda:
+            x = self._outgoing().copy_(x)
             if scale != 1:
-                delta.mul_(scale)
-        for shard, part in self._shards:
-            shard.stage(delta[part])
+                x.mul_(scale)
+            scale, is_the_callers = 1.0, False
         if measure:
-            self._expected = self._vector + delta
+            self._expected = torch.mul(x, scale).add_(self._vector)
+        if not self._rounds:
+            if x.data_ptr() != self._outgoing().data_ptr():
+                x = write_scaled(self._outgoing(), x, scale)
+            elif scale != 1 or is_the_callers:
+                x = write_scaled(self._vector, x, scale)
+            scale = 1.0
+        for shard, part in self._shards:
+            shard.stage(x[part], scale)
+        return x is not self._vector
 
     def _transmit(self, read_at: int, slots: Tensor) -> None:
         for (shard, _), offset in zip(self._shards, self._offsets, strict=True):
@@ -275,6 +323,7 @@ class DistantCenter(OpenCenter):
             shard.read_exactly()
         self._expected = None
         self._take_in()
+        self._is_whole = True
         self._note()
 
     def close(self) -> None:
@@ -293,4 +342,4 @@ class DistantCenter(OpenCenter):
             shard.close()
         self._shards = []
         self._vector = self._value = self._vector.new_empty(0)
-        self._outbox = None
+        self._is_whole, self._message, self._lent = True, None, None

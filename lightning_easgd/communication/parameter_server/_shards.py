@@ -7,7 +7,12 @@ from torch import Tensor
 
 from lightning_easgd.communication._shared_center import SharedCenter
 
-__all__ = ["LocalShard", "Shard"]
+__all__ = ["LocalShard", "Shard", "write_scaled"]
+
+
+def write_scaled(out: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Writes ``scale * x`` into ``out``, which has another memory, and returns it."""
+    return out.copy_(x) if scale == 1 else torch.mul(x, scale, out=out)
 
 
 class Shard(Protocol):
@@ -26,7 +31,7 @@ class Shard(Protocol):
 
     def read_exactly(self) -> None: ...
 
-    def stage(self, delta: Tensor) -> None: ...
+    def stage(self, delta: Tensor, scale: float) -> None: ...
 
     def transmit(self, read_at: int, slots: Tensor) -> None: ...
 
@@ -68,8 +73,8 @@ class LocalShard:
 
     read_exactly = receive
 
-    def stage(self, delta: Tensor) -> None:
-        self._message.copy_(delta)
+    def stage(self, delta: Tensor, scale: float) -> None:
+        write_scaled(self._message, delta, scale)
 
     def transmit(self, read_at: int, slots: Tensor) -> None:
         self._center.announcement.copy_(slots)
