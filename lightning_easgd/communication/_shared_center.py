@@ -172,7 +172,7 @@ class SharedCenter(OpenCenter):
         return Snapshot(value, clock)
 
     def _new_vector(self) -> Tensor:
-        layout = self._mapping.layout  # a look at ``value`` would pull
+        layout = self._mapping.layout
         return torch.empty(layout.numel, dtype=layout.dtype, device=self._device)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:

@@ -190,9 +190,9 @@ class OpenCenter(ABC):
             self._lent = self._new_vector()
         return self._lent
 
+    @abstractmethod
     def _new_vector(self) -> Tensor:
-        """Returns (d,) memory like the center, where the replica is."""
-        return torch.empty_like(self.value)
+        """Returns (d,) memory like the center, where the replica is, without a look at the center."""
 
     @abstractmethod
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:

@@ -241,8 +241,11 @@ class ReplicatedCenter(OpenCenter):
     def _message(self) -> Tensor:
         if self._other is None:
             with torch.inference_mode(False):  # the thread, which writes it, is outside of the caller's mode
-                self._other = torch.empty_like(self._value)
+                self._other = self._new_vector()
         return self._other
+
+    def _new_vector(self) -> Tensor:
+        return torch.empty_like(self._value)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:
         self._require_open()
