@@ -20,8 +20,8 @@ import torch
 from lightning_easgd.communication import TransportError
 from lightning_easgd.communication._c10d import PrefixStore, Store, new_store_server
 from lightning_easgd.communication._session import SessionServer, Terms
+from lightning_easgd.communication._shared_center import SharedCenter
 from lightning_easgd.communication.parameter_server import connect, decode_rule
-from lightning_easgd.communication.shared_memory import SharedCenter
 
 __all__ = ["main", "serve"]
 

@@ -19,7 +19,7 @@ class Snapshot:
 
     Attributes:
         value: (d,) the center's accumulation dtype, d = number of coupled parameters. Borrowed: read it, do not write
-            it, and do not keep it beyond the next ``push`` or ``pull``.
+            it, and do not keep it beyond the next ``push``, ``pull`` or ``exchange``.
         clock: the number of additions that ``value`` contains.
     """
 

@@ -42,10 +42,11 @@ from lightning_easgd.algorithms import (
     StreamingDiLoCo,
 )
 from lightning_easgd.averages import CenterAverage, MovingAverage
-from lightning_easgd.communication import AllReduce, SharedMemory, Transport, TransportError, all_reduce
+from lightning_easgd.communication import AllReduce, SharedMemory, Transport, TransportError
 from lightning_easgd.communication._c10d import broadcast_bytes, new_group
 from lightning_easgd.communication._line import Line
 from lightning_easgd.communication._slices import open_sliced
+from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.core.coupling import Coupling
 from lightning_easgd.core.fragments import by_fragment, first_clock, step_fragments
 from lightning_easgd.core.slots import num_slots
@@ -63,7 +64,7 @@ CHUNK_BYTES = 64 * 4  # so that some hundred parameters are many chunks
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "real_chunks" not in request.keywords:
         for device in ("cpu", "cuda"):
-            monkeypatch.setitem(all_reduce._CHUNK_BYTES, device, CHUNK_BYTES)
+            monkeypatch.setitem(_replicated_center._CHUNK_BYTES, device, CHUNK_BYTES)
 
 
 # ------------------------------------------------------------------------------------------------------- scenarios

@@ -148,7 +148,7 @@ def test_imports_run_one_way(path):
     ("file", "line", "expected"),
     [
         ("algorithms/easgd.py", "import torch.distributed as dist", ["torch.distributed"]),
-        ("communication/all_reduce.py", "import torch.distributed as dist", []),
+        ("communication/all_reduce/__init__.py", "import torch.distributed as dist", []),
         (
             "algorithms/easgd.py",
             "from lightning_easgd.communication import AllReduce",
@@ -159,10 +159,14 @@ def test_imports_run_one_way(path):
         ("rules.py", "from lightning_easgd.algorithms import EASGD", ["lightning_easgd.algorithms"]),
         ("flatten.py", "def f():\n    import torchmetrics", ["torchmetrics"]),
         ("metrics.py", "from torchmetrics import Metric", []),
-        ("communication/all_reduce.py", "from lightning_easgd.algorithms import EASGD", ["lightning_easgd.algorithms"]),
-        ("communication/all_reduce.py", "from lightning_easgd.interfaces import Snapshot", []),
         (
-            "communication/all_reduce.py",
+            "communication/all_reduce/__init__.py",
+            "from lightning_easgd.algorithms import EASGD",
+            ["lightning_easgd.algorithms"],
+        ),
+        ("communication/all_reduce/__init__.py", "from lightning_easgd.interfaces import Snapshot", []),
+        (
+            "communication/all_reduce/__init__.py",
             "from lightning_easgd.flatten import ParameterVector",
             ["lightning_easgd.flatten"],
         ),

@@ -11,8 +11,9 @@ import torch
 
 from lightning_easgd import EASGDStrategy, MovingAverage, algorithms
 from lightning_easgd.algorithms import EASGD, Algorithm, LocalSGD, Parle
-from lightning_easgd.communication import AllReduce, OpenCenter, ParameterServer, SharedMemory, Transport, all_reduce
+from lightning_easgd.communication import AllReduce, OpenCenter, ParameterServer, SharedMemory, Transport
 from lightning_easgd.communication._c10d import PrefixStore
+from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.core.coupling import Coupling
 from lightning_easgd.core.fragments import step_fragments
 from lightning_easgd.core.slots import num_slots
@@ -201,7 +202,7 @@ def test_a_look_inside_a_step_of_fragments_changes_no_weight(transport):
 @pytest.mark.parametrize("transport", ["memory", "sockets", "bfloat16"])
 @pytest.mark.parametrize("waits_first", [True, False])
 def test_a_delta_is_whole_until_it_is_given_back_whatever_happens(monkeypatch, transport, waits_first):
-    monkeypatch.setitem(all_reduce._CHUNK_BYTES, "cpu", 256)
+    monkeypatch.setitem(_replicated_center._CHUNK_BYTES, "cpu", 256)
 
     def body(replica, store):
         with _open(replica, store, transport) as center:

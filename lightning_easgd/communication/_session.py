@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.communication._c10d import Group, Work
+from lightning_easgd.communication._shared_center import SharedCenter
 from lightning_easgd.communication._transport import TransportError
-from lightning_easgd.communication.shared_memory import SharedCenter
+from lightning_easgd.communication._wire import blocks
 from lightning_easgd.rules import CenterRule
 
 __all__ = ["FAREWELL", "Channel", "Session", "SessionServer", "Terms", "Wire", "serve"]
@@ -175,10 +176,13 @@ class Session:
         self.announced = torch.zeros(terms.num_slots, dtype=torch.float64)
         self._channel, self._terms, self._value, self._server = channel, terms, value, server
         self._replica = replica
-        self._payload = torch.empty(value.shape, dtype=terms.wire_dtype)
+        # With rounding there is a message of its own, for both ways. Else the center arrives where it stays, and a
+        # delta is sent from where it lies.
+        self._payload = torch.empty(value.shape, dtype=terms.wire_dtype) if self._rounds else value
         self._residual = torch.zeros_like(value) if self._rounds else None
         self._request = torch.zeros(2 + terms.num_slots, dtype=torch.int64)
         self._answer = torch.zeros(2 + terms.num_replicas + terms.num_slots, dtype=torch.int64)
+        self._message = self._payload
         self._pending: tuple[Work | None, Work | None] = None, None
 
     @property
@@ -201,35 +205,38 @@ class Session:
             self._read_answer()
             if self._rounds:
                 self._value.add_(self._payload)
-            else:
-                self._value.copy_(self._payload)
 
     def read_exactly(self) -> None:
         """Reads the center without rounding: where both ends begin to keep what the client has."""
         with self._named("reading"):
-            exact = torch.empty_like(self._value)
-            header, payload = self._expect_answer(), self._channel.expect(exact, _EXACT)
+            header, payload = self._expect_answer(), self._channel.expect(self._value, _EXACT)
             self._send_request(_PULL_EXACT)
             self._channel.finish(header)
             self._channel.finish(payload)
             self._read_answer()
-            self._value.copy_(exact)
 
-    def stage(self, delta: Tensor) -> None:
-        """Copies ``delta`` (n,), finite, into the message of the next ``transmit``. Local."""
+    def stage(self, delta: Tensor, scale: float) -> None:
+        """Makes ``scale * delta`` the message of the next ``transmit``. Local.
+
+        Args:
+            delta: (n,) on the CPU, finite. Without rounding not copied: it must stand until ``transmit`` returns.
+            scale: its factor; 1 without rounding.
+        """
         if self._residual is None:
-            self._payload.copy_(delta)
-        else:
-            self._residual.add_(delta)
-            # What even bfloat16's largest number falls short of stays behind, like any other rounding error.
-            self._payload.copy_(self._residual).nan_to_num_(nan=math.nan)
-            self._residual.sub_(self._payload)
+            assert scale == 1
+            self._message = delta
+            return
+        for part, rest in blocks(delta, self._residual):
+            rest.add_(part if scale == 1 else part * scale)
+        # What even bfloat16's largest number falls short of stays behind, like any other rounding error.
+        self._message = self._payload.copy_(self._residual).nan_to_num_(nan=math.nan)
+        self._residual.sub_(self._payload)
 
     def transmit(self, read_at: int, slots: Tensor) -> None:
         """Sends what was staged, and the slots (float64). Returns when it has left."""
         with self._named("adding to"):
             self._send_request(_PUSH, read_at, slots)
-            self.bytes_sent += self._channel.send(self._payload, _PAYLOAD)
+            self.bytes_sent += self._channel.send(self._message, _PAYLOAD)
 
     def abstain(self, slots: Tensor) -> None:
         """Sends the slots alone."""

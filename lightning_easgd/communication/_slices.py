@@ -16,7 +16,13 @@ from torch import Tensor
 
 from lightning_easgd.communication._c10d import AllgatherOptions, Group
 from lightning_easgd.communication._line import await_event, is_finite, new_event, new_stream
-from lightning_easgd.communication._transport import Completed, NonFiniteDeltaError, OpenCenter, TransportError
+from lightning_easgd.communication._transport import (
+    Completed,
+    NonFiniteDeltaError,
+    OpenCenter,
+    Outstanding,
+    TransportError,
+)
 from lightning_easgd.interfaces import Exchange, Snapshot
 
 __all__ = ["SlicedCenter", "open_sliced"]
@@ -153,6 +159,9 @@ class SlicedCenter(OpenCenter):
         self._inner.close()
         self._gather = None
         self._value = self._value.new_empty(0)
+
+    def _new_vector(self) -> Tensor:
+        return torch.empty_like(self._value)
 
     @property
     def _slots(self) -> Tensor:
@@ -303,7 +312,7 @@ class _AsynchronousCenter(SlicedCenter):
 
     synchronous = False
 
-    _pending: "_PendingExchange | None" = None
+    _pending: "_Pending | None" = None
 
     def pull(self) -> Snapshot:
         self._begin_operation()
@@ -324,12 +333,12 @@ class _AsynchronousCenter(SlicedCenter):
         """
         self._begin_operation()
         self._refuse(x)
-        pending = self._pending = _PendingExchange(self, x)
+        pending = self._pending = _Pending(x)
         try:
             pending.inner = self._inner.exchange(x[self._part], delta, scale=scale)
         except (NonFiniteDeltaError, TransportError) as error:
             pending.error = error  # the other members learn of it where they wait for this one
-        return pending
+        return Outstanding(x, complete=lambda: self._complete(pending))
 
     def abstain(self) -> None:
         self._begin_operation()
@@ -354,6 +363,12 @@ class _AsynchronousCenter(SlicedCenter):
         if self._pending is not None:
             self._settle(lambda: None, self._timeout)
 
+    def _complete(self, pending: "_Pending") -> None:
+        if self._pending is pending:
+            self._settle(lambda: None, self._timeout)
+        elif pending.error is not None:  # another operation has met it
+            raise pending.error
+
     def _settle(self, prepare: Callable[[], None], timeout: timedelta) -> None:
         """Completes the outstanding exchange, after ``prepare``."""
         pending, self._pending = self._pending, None
@@ -373,7 +388,7 @@ class _AsynchronousCenter(SlicedCenter):
             raise
 
 
-class _PendingExchange:
+class _Pending:
     """An exchange of the whole vector, of which each member does a slice.
 
     Attributes:
@@ -382,21 +397,10 @@ class _PendingExchange:
         error: why it could not begin, or how it ended.
     """
 
-    def __init__(self, center: _AsynchronousCenter, x: Tensor) -> None:
+    def __init__(self, x: Tensor) -> None:
         self.x = x
         self.inner: Exchange | None = None
         self.error: Exception | None = None
-        self._center = center
-
-    def done(self) -> None:
-        """Does nothing: the delta is the caller's own."""
-
-    def wait(self) -> Tensor:
-        if self._center._pending is self:
-            self._center._settle(lambda: None, self._center._timeout)
-        elif self.error is not None:  # another operation has met it
-            raise self.error
-        return self.x
 
 
 class _Gather:

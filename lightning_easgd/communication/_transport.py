@@ -24,6 +24,7 @@ __all__ = [
     "Completed",
     "NonFiniteDeltaError",
     "OpenCenter",
+    "Outstanding",
     "Traffic",
     "Transport",
     "TransportError",
@@ -87,6 +88,34 @@ class Completed:
         """Does nothing: the delta is the caller's own."""
 
 
+def _nothing() -> None:
+    pass
+
+
+class Outstanding:
+    """An exchange of which something is still to come.
+
+    Args:
+        delta: (d,) the caller's vector, or the one that the center has lent.
+        complete: called by ``wait``: blocks until ``delta`` is there, and raises if it is not to be. By default it is.
+        release: called by ``done``: takes back what was lent. By default the delta is the caller's own.
+    """
+
+    def __init__(
+        self, delta: Tensor, *, complete: Callable[[], None] = _nothing, release: Callable[[], None] = _nothing
+    ) -> None:
+        self._delta, self._complete, self._release = delta, complete, release
+
+    def wait(self) -> Tensor:
+        """Completes the exchange and returns its delta."""
+        self._complete()
+        return self._delta
+
+    def done(self) -> None:
+        """Gives a vector that was lent back."""
+        self._release()
+
+
 class OpenCenter(ABC):
     """The center as one replica reaches it, from ``Transport.open`` to ``close``. Use from one thread.
 
@@ -124,7 +153,8 @@ class OpenCenter(ABC):
         """(d,) the center as of the last completed pull, without waiting for an outstanding one. Not a copy.
 
         A synchronous center's is after the last completed exchange. Where the center lives elsewhere this is the
-        replica's private copy.
+        replica's private copy; where there is none, since nothing was pulled yet or an exchange has used its memory, it
+        pulls. Ask for it again after an exchange.
         """
 
     @property
@@ -160,9 +190,9 @@ class OpenCenter(ABC):
             self._lent = self._new_vector()
         return self._lent
 
+    @abstractmethod
     def _new_vector(self) -> Tensor:
-        """Returns (d,) memory like the center, where the replica is."""
-        return torch.empty_like(self.value)
+        """Returns (d,) memory like the center, where the replica is, without a look at the center."""
 
     @abstractmethod
     def exchange(self, x: Tensor, delta: Callable[[Tensor, Tensor], None], *, scale: float = 1.0) -> Exchange:

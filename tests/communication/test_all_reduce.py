@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from lightning_easgd.algorithms import EASGD
-from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter, TransportError, all_reduce
+from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, OpenCenter, TransportError, _flight
 from lightning_easgd.communication._c10d import Group, Store, new_group
+from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
-from tests.helpers import SOON_S, TIMEOUT, run_replicas, run_threads, shorten
+from tests.helpers import SOON_S, TIMEOUT, peak_bytes, run_replicas, run_threads, shorten
 
 
 class _Gate(threading.Event):
@@ -69,7 +70,7 @@ def open_center(
     timeout: timedelta = TIMEOUT,
     shared_memory: bool = True,
 ) -> OpenCenter:
-    return all_reduce.AllReduce(shared_memory=shared_memory).open(
+    return AllReduce(shared_memory=shared_memory).open(
         initial, replica=replica, num_replicas=num_replicas, rule=rule or Addition(), store=store, timeout=timeout
     )
 
@@ -79,7 +80,9 @@ def test_an_exchange_is_waited_for_only_at_the_next(monkeypatch, shared_memory):
     """The gate opens in the last local step of a period: a wait before the next exchange fails the test."""
     gates = [threading.Event() for _ in range(2)]
     monkeypatch.setattr(
-        all_reduce, "new_group", lambda store, rank, *rest: _GatedGroup(new_group(store, rank, *rest), gates[rank])
+        _replicated_center,
+        "new_group",
+        lambda store, rank, *rest: _GatedGroup(new_group(store, rank, *rest), gates[rank]),
     )
     period = 5
 
@@ -110,11 +113,13 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monke
     """It is over before the next exchange asks for it: the wait is nothing, the hidden time is all of it."""
     gates = [threading.Event() for _ in range(2)]
     monkeypatch.setattr(
-        all_reduce, "new_group", lambda store, rank, *rest: _GatedGroup(new_group(store, rank, *rest), gates[rank])
+        _replicated_center,
+        "new_group",
+        lambda store, rank, *rest: _GatedGroup(new_group(store, rank, *rest), gates[rank]),
     )
     hours = [0]  # that the clock has been put forward, while both replicas computed
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
-    monkeypatch.setattr(all_reduce, "time", clock)
+    monkeypatch.setattr(_flight, "time", clock)
     computing = threading.Barrier(2, lambda: hours.__setitem__(0, hours[0] + 1), TIMEOUT.total_seconds())
 
     def body(replica, store):
@@ -128,8 +133,7 @@ def test_a_slow_collective_behind_a_period_of_compute_adds_no_exposed_wait(monke
                     if in_between:  # compute that lasts as long as the collective
                         computing.wait()
                         gates[replica].set()
-                        center._flight.thread.join(TIMEOUT.total_seconds())
-                        assert not center._flight.thread.is_alive()
+                        assert center._flight[0].is_over(TIMEOUT)
                         gates[replica].clear()
 
                 algorithm.step(vector, center, local_update)
@@ -162,7 +166,7 @@ def test_bytes_are_those_of_a_ring(num_replicas, share, shared_memory):
 @pytest.mark.parametrize("numel", [7, 100_000])
 def test_a_lent_vector_is_exchanged_like_the_callers_own(rule, numel, shared_memory, monkeypatch):
     """In one chunk and in many; the force stands until it is given back, however long that takes."""
-    monkeypatch.setitem(all_reduce._CHUNK_BYTES, "cpu", 8192)
+    monkeypatch.setitem(_replicated_center._CHUNK_BYTES, "cpu", 8192)
 
     def body(replica, store, lent):
         generator = torch.Generator().manual_seed(replica)
@@ -173,7 +177,7 @@ def test_a_lent_vector_is_exchanged_like_the_callers_own(rule, numel, shared_mem
                 x = center.borrow() if lent else own
                 x.normal_(generator=generator)
                 pending = center.exchange(x, torch.Tensor.sub_, scale=0.3)
-                center._flight.thread.join(0.05)  # as far as it comes while the force is needed
+                center._flight[0].is_over(timedelta(seconds=0.05))  # as far as it comes while the force is needed
                 forces.append(pending.wait().clone())
                 if lent:
                     pending.done()
@@ -220,7 +224,7 @@ def test_a_lent_vector_that_is_not_finite_is_refused():
 @each_way
 def test_a_failed_exchange_leaves_the_center_whole(monkeypatch, shared_memory):
     """Replica 1 sends some chunks and is gone; replica 0 has some of the sum, and none of it in its center."""
-    monkeypatch.setitem(all_reduce._CHUNK_BYTES, "cpu", 4096)
+    monkeypatch.setitem(_replicated_center._CHUNK_BYTES, "cpu", 4096)
     gone = threading.Event()
 
     def body(replica, store):
@@ -265,20 +269,19 @@ def test_an_exchange_may_begin_in_inference_mode_and_go_on_outside():
 def test_close_does_not_wait_for_what_is_outstanding(monkeypatch, shared_memory):
     """The other replica never comes to the exchange; the thread ends with the operation's timeout at the latest."""
     gate = _Gate()
-    monkeypatch.setattr(all_reduce, "new_group", lambda *args: _GatedGroup(new_group(*args), gate))
+    monkeypatch.setattr(_replicated_center, "new_group", lambda *args: _GatedGroup(new_group(*args), gate))
 
     def body(replica, store):
         center = open_center(replica, store, torch.zeros(5), shared_memory=shared_memory)
         if replica == 0:
             center._group._group._set_default_timeout(timedelta(seconds=2))  # of the operation alone
             center.push(torch.ones(5), read_at=0)
-            thread = center._flight.thread
+            flight = center._flight[0]
             assert gate.reached.wait(TIMEOUT.total_seconds())
             center.close()
-            assert thread.is_alive()  # it stands before the gate
+            assert not flight.is_over()  # it stands before the gate
             gate.set()
-            thread.join(2 * TIMEOUT.total_seconds())
-            assert not thread.is_alive()
+            assert flight.is_over(2 * TIMEOUT)
             store.set("closed", "")
         store.wait(["closed"], 2 * TIMEOUT)
         center.close()
@@ -288,11 +291,6 @@ def test_close_does_not_wait_for_what_is_outstanding(monkeypatch, shared_memory)
 
 def _grow(replica: int, path: str, numel: int, shared_memory: bool) -> float:
     """Returns by how much, in vectors, the most memory that was ever in use grew with exchanges of the lent vector."""
-
-    def peak_bytes() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
     parameters = torch.zeros(numel)
     open_one = partial(open_center, replica, shared_memory=shared_memory)
     with open_one(torch.distributed.FileStore(f"{path}/warm", 2), torch.zeros(1 << 21)) as center:
@@ -319,12 +317,12 @@ def test_an_exchange_takes_two_vectors_of_memory(tmp_path, shared_memory):
 
 def test_a_wire_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"AllReduce\(wire='float16'\): must be one of 'float32', 'bfloat16', 'int8'"):
-        all_reduce.AllReduce(wire="float16")
+        AllReduce(wire="float16")
     with pytest.raises(ValueError, match=r"AllReduce\(shared_memory='no'\): must be True or False"):
-        all_reduce.AllReduce(shared_memory="no")
-    assert repr(all_reduce.AllReduce()) == "AllReduce()"
-    assert repr(all_reduce.AllReduce(wire="int8")) == "AllReduce(wire='int8')"
-    assert repr(all_reduce.AllReduce(shared_memory=False)) == "AllReduce(shared_memory=False)"
+        AllReduce(shared_memory="no")
+    assert repr(AllReduce()) == "AllReduce()"
+    assert repr(AllReduce(wire="int8")) == "AllReduce(wire='int8')"
+    assert repr(AllReduce(shared_memory=False)) == "AllReduce(shared_memory=False)"
 
 
 @pytest.mark.gpu

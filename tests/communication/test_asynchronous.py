@@ -160,7 +160,7 @@ def test_two_hosts_share_a_center():
         on_the_link = hosts.bytes_sent(1)
     total = 0
     for wire, replicas in seen.items():
-        assert [one["kind"] for one in replicas] == 2 * ["_AttachedCenter"] + 2 * ["_DistantCenter"]
+        assert [one["kind"] for one in replicas] == 2 * ["AttachedCenter"] + 2 * ["DistantCenter"]
         for one in replicas:
             assert one["clock"] == 4 * exchanges
             assert one["off"] == 0 if wire == "float32" else one["off"] < 4

@@ -218,6 +218,27 @@ def test_an_exchange_reads_and_adds_as_one(transport):
         assert snapshot.clock == 2
 
 
+def test_borrowing_reads_nothing(transport):
+    """To learn how long the vector is, nobody needs the center's numbers."""
+
+    def body(replica, store):
+        with open_center(transport, replica, store) as center:
+            before = center.clock, center.traffic.bytes_sent
+            if replica == 0 and not transport.synchronous:
+                center.push(torch.ones(5), read_at=0)
+                center.drain()
+            meet(store, "added")
+            x = center.borrow()
+            assert (x.shape, x.dtype) == ((5,), torch.float32)
+            assert center.borrow().data_ptr() == x.data_ptr()
+            after = center.clock, center.traffic.bytes_sent
+            meet(store, "borrowed")
+            return before, after
+
+    before, after = run_threads(body, 2)[1]
+    assert after == before
+
+
 def test_slots_are_summed_with_the_exchange(transport):
     def body(replica, store):
         with open_center(transport, replica, store) as center:

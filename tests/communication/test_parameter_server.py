@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,17 @@ from lightning_easgd.communication._host import host_identity
 from lightning_easgd.communication._session import Terms
 from lightning_easgd.communication.parameter_server import ParameterServer, decode_rule, encode_rule
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter, OuterOptimizer, StalenessWeight
-from tests.helpers import COMMAND_S, SOON_S, TIMEOUT, Replicas, free_port, run_replicas, run_threads, shorten
+from tests.helpers import (
+    COMMAND_S,
+    SOON_S,
+    TIMEOUT,
+    Replicas,
+    free_port,
+    peak_bytes,
+    run_replicas,
+    run_threads,
+    shorten,
+)
 
 
 class Apart(ParameterServer):
@@ -203,6 +214,79 @@ def test_an_exchange_that_is_not_finite_adds_to_no_shard(transport):
     for value, clock in run_threads(body, 2):
         assert torch.equal(value, torch.arange(6.0) + 1)
         assert clock == 1
+
+
+def test_what_is_lent_stands_until_the_next_operation_and_the_center_is_read_anew():
+    """A factor goes into the memory that the center arrived in: what the caller reads is the delta, never a message."""
+
+    def body(replica, store):
+        with open_center(Apart(), replica, store, 2, size=7) as center:
+            if replica == 1:
+                start = torch.arange(7.0)
+                half = start + (8 - start) / 2
+                for scale, read, seen in [(0.5, start, half), (1.0, half, half)]:
+                    pending = center.exchange(center.borrow().fill_(8.0), torch.Tensor.sub_, scale=scale)
+                    center.drain()  # all is sent, and what is lent may still be read
+                    assert torch.equal(pending.wait(), 8 - read)
+                    pending.done()
+                    assert torch.equal(center.value, seen)  # where no factor took its place, as it was read
+                x = center.borrow().fill_(2.0)
+                center.push(x, read_at=center.clock)
+                x.fill_(float("nan"))  # the caller's again
+                center.drain()
+                assert torch.equal(center.value, torch.full((7,), 10.0))
+            meet(store, "exchanged", replica, 2)
+            return center.pull().value.clone()
+
+    for value in run_threads(body, 2):
+        assert torch.equal(value, torch.full((7,), 10.0))
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_lent_vector_is_exchanged_like_the_callers_own(wire, scale):
+    def body(replica, store, is_lent):
+        with open_center(Apart(wire=wire), replica, store, 2, size=100_003) as center:
+            deltas = []
+            if replica == 1:
+                generator, own = torch.Generator().manual_seed(1), torch.empty(100_003)
+                center.measures_drift = True
+                for _ in range(4):
+                    x = center.borrow() if is_lent else own
+                    pending = center.exchange(x.normal_(generator=generator), torch.Tensor.sub_, scale=scale)
+                    deltas.append(pending.wait().clone())
+                    pending.done()
+                center.pull()
+                deltas.append(torch.tensor(center.traffic.drift))
+                center.drain()
+            meet(store, "exchanged", replica, 2)
+            return [*deltas, center.pull().value.clone()]
+
+    lent, own = run_threads(body, 2, True), run_threads(body, 2, False)
+    for mine, expected in zip([*lent[0], *lent[1]], [*own[0], *own[1]], strict=True):
+        assert torch.equal(mine, expected)
+
+
+def _grow(replica: int, path: str, numel: int) -> float:
+    """Returns by how much, in vectors, the most memory that was ever in use grew with exchanges of the lent vector."""
+    parameters = torch.zeros(numel)
+    grown = []
+    for name, size in [("warm", 1 << 20), ("store", numel)]:  # first what the session and its threads take once
+        before = peak_bytes()
+        with open_center(Apart(), replica, dist.FileStore(f"{path}/{name}", 2), 2, size=size) as center:
+            if replica == 1:
+                for _ in range(3):
+                    pending = center.exchange(center.borrow().copy_(parameters[:size]), torch.Tensor.sub_, scale=0.5)
+                    parameters[:size].add_(pending.wait(), alpha=-0.5)
+                    pending.done()
+                center.drain()
+        grown.append(peak_bytes() - before)
+    return grown[-1] / (4 * numel)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_a_remote_replica_holds_two_vectors(tmp_path):
+    assert 1.8 < run_replicas(_grow, 2, str(tmp_path), 16 << 20)[1] < 2.25
 
 
 def test_drift_is_what_the_others_added_meanwhile():

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, OpenCenter, all_reduce
+from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, OpenCenter
 from lightning_easgd.communication._wire import Layout, codec_of
+from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
 from tests.helpers import TIMEOUT, run_threads
 
@@ -94,7 +95,7 @@ def test_chunks_cover_the_vector_once(numel, size, align):
 @pytest.mark.parametrize("wire", ROUNDING)
 def test_the_center_receives_everything_but_the_last_errors(wire, num_replicas, size, lent, monkeypatch):
     """Exchanges and abstentions, in one chunk and in several: in float64 nothing is lost, and all copies are one."""
-    monkeypatch.setitem(all_reduce._CHUNK_BYTES, "cpu", 8192)
+    monkeypatch.setitem(_replicated_center._CHUNK_BYTES, "cpu", 8192)
 
     def body(replica, store):
         generator = torch.Generator().manual_seed(replica)
