@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -77,9 +79,17 @@ def run_threads(function: Callable[..., Any], num_replicas: int, *args: Any) -> 
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Returns a port that is free, and that nobody is given who does not ask for it by number.
+
+    One that the system chooses may be another process's by the time it is used, for a connection of any kind.
+    """
+    lowest, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = random.SystemRandom()  # other processes draw too, and tests seed the global generator
+    while True:
+        port = ports.randrange(10_000, lowest)
+        with socket.socket() as s, suppress(OSError):  # it is taken
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _start_server() -> None:
