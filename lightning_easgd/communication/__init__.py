@@ -10,6 +10,7 @@ from lightning_easgd.communication._transport import (
 )
 from lightning_easgd.communication.all_reduce import AllReduce
 from lightning_easgd.communication.asynchronous import Asynchronous
+from lightning_easgd.communication.membership import Membership
 from lightning_easgd.communication.parameter_server import ParameterServer
 from lightning_easgd.communication.shared_memory import SharedMemory
 
@@ -17,6 +18,7 @@ __all__ = [
     "AllReduce",
     "Asynchronous",
     "Completed",
+    "Membership",
     "NonFiniteDeltaError",
     "OpenCenter",
     "ParameterServer",

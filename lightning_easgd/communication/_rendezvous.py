@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,7 +28,7 @@ from lightning_easgd.communication._c10d import PrefixStore, TCPStore, new_store
 from lightning_easgd.communication._contact import Line, keep_from_children, listen
 from lightning_easgd.communication._roll_call import RollCall
 
-__all__ = ["MAX_SILENCE", "Rendezvous"]
+__all__ = ["MAX_SILENCE", "Rendezvous", "end_the_job"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,12 @@ MAX_SILENCE = timedelta(seconds=_SILENCE_S)
 _ARRIVAL_S = 30.0
 # How long rank 0 stays for the others: until they have heard that it fails, or have left in good order.
 _HEARD_S, _FAREWELL_S = 10.0, 60.0
+
+
+def end_the_job(rank: int, why: str) -> bool:
+    """The policy that ends a job with the first process that is lost. See ``Rendezvous``."""
+    del rank, why
+    return True
 
 
 @dataclass
@@ -85,6 +91,7 @@ class Rendezvous:
         store: for others to use under a prefix, from the main thread.
         roll_call: of all ranks, over it.
         failure: what ended a peer, once known.
+        lost: the ranks that are gone, and without which the others go on.
         stop_requested: whether some process asked all to stop at once.
         end_requested: whether some process asked all to end training in good order.
         progress: anything that grows while this process does; the others see it by ``progress_of_all``.
@@ -102,8 +109,10 @@ class Rendezvous:
         grace: timedelta = timedelta(seconds=20),
         max_silence: timedelta | None = None,
         arrival: timedelta | None = None,
+        policy: Callable[[int, str], bool] = end_the_job,
     ) -> None:
-        self.rank, self._world_size = rank, world_size
+        self.rank, self._world_size, self._policy = rank, world_size, policy
+        self.lost: list[int] = []
         self.failure: str | None = None
         self.stop_requested = self.end_requested = False
         self.progress = 0
@@ -324,6 +333,7 @@ class Rendezvous:
         elif progress:
             self._progress = progress
         peer.knows = peer.knows or bool(message.get("knows"))
+        self.lost += [lost for lost in message.get("lost", ()) if lost not in self.lost]
         if message.get("failure"):
             self._reported.append(str(message["failure"]))
 
@@ -337,16 +347,25 @@ class Rendezvous:
         if peer.line is not None and peer.line.is_closed:
             peer.line.close()
             peer.line, peer.has_left = None, True
-            self._learn(self._gone(rank))
+            self._lose(rank, self._gone(rank))
         elif peer.line is None and now - peer.heard_at > self._arrival_s:
             peer.has_left = True
-            self._learn(f"rank {rank}: it did not come within {self._arrival_s:.0f} s")
+            self._lose(rank, f"rank {rank}: it did not come within {self._arrival_s:.0f} s")
         elif now - peer.heard_at > self._silence_s:
-            self._learn(f"rank {rank}: no sign of life for {self._silence_s:.0f} s")
+            peer.heard_at = now
+            self._lose(rank, f"rank {rank}: no sign of life for {self._silence_s:.0f} s")
 
     @staticmethod
     def _gone(rank: int) -> str:
         return "rank 0, which serves the store, is gone" if rank == 0 else f"rank {rank}: its process is gone"
+
+    def _lose(self, rank: int, why: str) -> None:
+        """Does what the policy says of a process that is lost."""
+        if rank == 0 or self._policy(rank, why):
+            self._learn(why)
+        elif rank not in self.lost:
+            log.warning("%s; the others go on", why)
+            self.lost.append(rank)
 
     def _learn(self, failure: str) -> None:
         """Keeps the first failure."""
@@ -362,7 +381,7 @@ class Rendezvous:
         news: dict[str, Any] = {"stop": self.stop_requested, "end": self.end_requested}
         if self.rank == 0:
             self._progress[0] = self.progress
-            return {**news, "failure": self._first, "progress": list(self._progress)}
+            return {**news, "failure": self._first, "progress": list(self._progress), "lost": list(self.lost)}
         knows = self._first is not None
         return {**news, "failure": self._own_failure, "knows": knows, "progress": self.progress}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_easgd.communication._c10d import Store
+from lightning_easgd.communication.membership import Membership
 from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
 
@@ -125,8 +126,7 @@ class OpenCenter(ABC):
 
     Attributes:
         synchronous: whether the replicas' n-th exchanges are one operation, for which all wait.
-        replica: index of this replica, 0 <= replica < num_replicas.
-        num_replicas: how many replicas share the center.
+        membership: which replicas share the center now.
         announcement: (num_slots,) what this replica adds to the slots with each push or abstention; write to it.
         announced: (num_slots,) on the CPU, the slots' sum as of the last completed exchange; zeros before the first.
         traffic: what the exchanges have cost.
@@ -139,13 +139,22 @@ class OpenCenter(ABC):
     verdict: Tensor | None = None
 
     def __init__(self, *, replica: int, num_replicas: int, num_slots: int, dtype: torch.dtype) -> None:
-        self.replica = replica
-        self.num_replicas = num_replicas
+        self.membership = Membership.constant(replica=replica, num_replicas=num_replicas)
         self.announcement = torch.zeros(num_slots, dtype=dtype)
         self.announced = torch.zeros(num_slots, dtype=dtype)
         self.traffic = Traffic()
         self.measures_drift = False
         self._lent: Tensor | None = None
+
+    @property
+    def replica(self) -> int:
+        """Index of this replica, 0 <= replica < num_replicas."""
+        return self.membership.mine
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas share the center now."""
+        return self.membership.size
 
     @property
     @abstractmethod

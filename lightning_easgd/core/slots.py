@@ -64,7 +64,10 @@ class Slots:
     def attach(self, center: OpenCenter) -> None:
         """Goes on with another center; the votes stay."""
         self._center = center
-        self._first_told = num_slots(center.num_replicas)
+
+    @property
+    def _first_told(self) -> int:
+        return num_slots(self._center.num_replicas)
 
     # --- votes ------------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,22 @@ def test_who_leaves_in_good_order_is_not_missed_and_rank_0_leaves_last():
         assert first.failure is second.failure is third.failure is None
 
 
+def test_where_the_policy_says_so_all_go_on_without_one_that_is_lost_and_know_it(monkeypatch):
+    monkeypatch.setattr(_rendezvous, "_ARRIVAL_S", 1.0)
+    asked = []
+
+    def go_on(rank: int, why: str) -> bool:
+        asked.append((rank, why))
+        return False
+
+    with processes(3, missing=1, policy=go_on) as (first, second, third):
+        assert eventually(lambda: first.lost == second.lost == third.lost == [3])
+        second.request_end()
+        assert eventually(lambda: first.end_requested and third.end_requested)
+        assert first.failure is second.failure is third.failure is None
+    assert asked == [(3, "rank 3: it did not come within 1 s")]
+
+
 def test_a_rank_that_never_comes_is_named(monkeypatch):
     monkeypatch.setattr(_rendezvous, "_ARRIVAL_S", 1.0)
     with processes(2, missing=1) as (first, second):
@@ -151,7 +167,7 @@ def _member(end: str, there: Any) -> None:
 
 
 @contextmanager
-def member(end: str) -> Iterator[tuple[Rendezvous, Callable[[], None]]]:
+def member(end: str, **kwargs: Any) -> Iterator[tuple[Rendezvous, Callable[[], None]]]:
     """Opens rank 0 here and rank 1 in a process of its own, which ends as it is told to and when."""
     _start_server()
     here, there = CONTEXT.Pipe()
@@ -159,7 +175,8 @@ def member(end: str) -> Iterator[tuple[Rendezvous, Callable[[], None]]]:
     process.start()
     assert here.poll(PROCESSES_S)
     here.recv()
-    rendezvous, child = Rendezvous("127.0.0.1", None, rank=0, world_size=2, timeout=TIMEOUT, poll=POLL), None
+    arguments = {"rank": 0, "world_size": 2, "timeout": TIMEOUT, "poll": POLL, **kwargs}
+    rendezvous, child = Rendezvous("127.0.0.1", None, **arguments), None
     try:
         here.send(rendezvous.port)
         assert here.poll(SOON_S)
@@ -182,6 +199,14 @@ def test_a_death_is_named_at_once(end):
         may_end()
         assert eventually(lambda: rendezvous.failure is not None, SOON_S)
         assert rendezvous.failure == "rank 1: its process is gone"
+
+
+@pytest.mark.processes
+def test_a_death_ends_nobody_where_the_policy_says_so():
+    with member("killed", policy=lambda rank, why: False) as (rendezvous, may_end):
+        may_end()
+        assert eventually(lambda: rendezvous.lost == [1], SOON_S)
+        rendezvous.raise_if_failed()
 
 
 @pytest.mark.processes
