@@ -47,6 +47,7 @@ from lightning_easgd.algorithms._local_entropy import (
     nesterov_bound,
     outer_step_,
 )
+from lightning_easgd.algorithms._state import restored, saved
 from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["Parle"]
@@ -209,17 +210,14 @@ class Parle(LocalEntropy):
         """Returns what ``LocalEntropy`` does; where the target is the averages', what an exchange in between needs."""
         if self.elastic_target == "replicas":
             return super().state_dict()
-        vectors = {"anchor": self._anchor, "mean_velocity": self._mean_velocity}
-        copies = {name: None if vector is None else vector.to("cpu", copy=True) for name, vector in vectors.items()}
-        return {**super().state_dict(), **copies, "read_at": self._read_at, "share": self._share}
+        vectors = {"anchor": saved(self._anchor), "mean_velocity": saved(self._mean_velocity)}
+        return {**super().state_dict(), **vectors, "read_at": self._read_at, "share": self._share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
         if self.elastic_target == "averages":
-            self._anchor, self._mean_velocity = (
-                None if state[name] is None else state[name].clone() for name in ("anchor", "mean_velocity")
-            )
+            self._anchor, self._mean_velocity = restored(state["anchor"]), restored(state["mean_velocity"])
             self._read_at, self._share = int(state["read_at"]), state["share"]
 
     def _arguments(self) -> dict[str, Any]:
