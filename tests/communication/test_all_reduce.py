@@ -17,6 +17,7 @@ from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter, Trans
 from lightning_easgd.communication._c10d import Group, Store, new_group
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
+from tests import centers
 from tests.helpers import SOON_S, TIMEOUT, run_replicas, run_threads, shorten
 
 
@@ -69,8 +70,9 @@ def open_center(
     timeout: timedelta = TIMEOUT,
     shared_memory: bool = True,
 ) -> OpenCenter:
-    return all_reduce.AllReduce(shared_memory=shared_memory).open(
-        initial, replica=replica, num_replicas=num_replicas, rule=rule or Addition(), store=store, timeout=timeout
+    transport = all_reduce.AllReduce(shared_memory=shared_memory)
+    return centers.open_center(
+        transport, replica, store, num_replicas, initial=initial, rule=rule, timeout=timeout, num_slots=0
     )
 
 
