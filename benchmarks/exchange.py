@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._network import RATES, Host, Network, why_not
-from lightning_easgd.algorithms.easgd import displacement_
+from lightning_easgd.algorithms import displacement_
 from lightning_easgd.communication import AllReduce, OpenCenter
 from lightning_easgd.communication._c10d import new_group
 from lightning_easgd.communication._wire import Wire

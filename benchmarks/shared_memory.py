@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_easgd.algorithms.easgd import displacement_
+from lightning_easgd.algorithms import displacement_
 from lightning_easgd.communication.shared_memory import CHUNK_BYTES, SharedMemory
 from lightning_easgd.rules import Addition
 

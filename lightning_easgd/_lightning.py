@@ -48,6 +48,7 @@ def bind(namespace: str) -> tuple[Any, Any]:
 
 
 def _bind(namespace: str, strategies: Any) -> tuple[Any, Any]:
+    from lightning_easgd.trainer.hooks import ElasticHooks
     from lightning_easgd.trainer.monitor import ElasticMonitor
     from lightning_easgd.trainer.strategy import ElasticStrategy
 
@@ -64,6 +65,7 @@ def _bind(namespace: str, strategies: Any) -> tuple[Any, Any]:
             "__module__": home,
             "__doc__": ElasticStrategy.__doc__,
             "_monitor_type": monitor,
+            "hooks_type": type("ElasticHooks", (ElasticHooks, callbacks.Callback), {"__module__": home}),
             "_lightning_version": f"{namespace} {importlib.import_module(namespace.partition('.')[0]).__version__}",
             "sigterm_exception": importlib.import_module(f"{namespace}.utilities.exceptions").SIGTERMException,
             "_bound_to": f"{namespace}; for a Trainer of {other}: `from {HOMES[other]} import EASGDStrategy`",

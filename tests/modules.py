@@ -7,7 +7,8 @@ from typing import Any
 import lightning.pytorch
 import pytorch_lightning
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_easgd  # noqa: F401  (registers the names)
 
@@ -77,6 +78,38 @@ class BatchNormRegression(Regression):
         super().__init__(lr=0.002)  # with batches of four a larger one diverges within a hundred steps
         self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
         self.register_buffer("mask", torch.tensor([0.1, float("-inf"), 3.0]))
+
+
+class Hard(Regression):
+    """Dropout, batch norm, a scheduler a step, and a choice of optimizers."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 1)
+        )
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "momentum":
+            optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+            length = self.trainer.estimated_stepping_batches  # which sets up the data before anything else does
+        else:
+            optimizer, length = torch.optim.AdamW(self.parameters(), lr=0.01), 60
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=length)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Stream(IterableDataset):
+    """Samples of ``linear_data`` in their order, over and over; a number of them for each rank, or one for all."""
+
+    def __init__(self, *num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __iter__(self) -> Any:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        data, number = linear_data(), self.num_samples[rank if len(self.num_samples) > 1 else 0]
+        return (data[i % len(data)] for i in range(number))
 
 
 def loader(num_samples: int = 64, batch_size: int = 4, shuffle: bool = True) -> DataLoader:

@@ -6,6 +6,7 @@ import warnings
 import pytest  # noqa: F401
 import torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks  # noqa: F401  (Lightning does in its first fit)
 
+import tests.callbacks
 import tests.helpers
 import tests.modules  # noqa: F401
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easgd import EASGD, EASGDStrategy
 from tests import modules
+from tests.callbacks import Ends
 from tests.helpers import run_replicas
 from tests.modules import flat, trainer
 
@@ -53,26 +54,15 @@ def accuracy(module: nn.Module, data: TensorDataset) -> float:
     return found
 
 
-class _Accuracy(modules.pytorch_lightning.Callback):
-    def __init__(self, test: TensorDataset) -> None:
-        self.test = test
-
-    def on_train_end(self, trainer, pl_module):
-        self.center = accuracy(pl_module, self.test)
-        self.statistics = pl_module.net[1].running_mean.clone()
-        with trainer.strategy.weights_of("replica"):
-            self.replica = accuracy(pl_module, self.test)
-            self.weights = flat(pl_module)
-
-
 def _fit(replica: int, center_buffers: Any) -> Any:
     modules.pytorch_lightning.seed_everything(1)
     train, test = digits()
-    seen = _Accuracy(test)
+    ends = Ends(lambda module: (accuracy(module, test), module.net[1].running_mean.clone(), flat(module)))
     strategy = EASGDStrategy(EASGD(period=10), center_buffers=center_buffers)
     loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)
-    trainer(strategy=strategy, callbacks=[seen], max_epochs=6).fit(BatchNormNet(), loader, DataLoader(test, 64))
-    return seen.center, seen.replica, seen.statistics, seen.weights
+    trainer(strategy=strategy, callbacks=[ends], max_epochs=6).fit(BatchNormNet(), loader, DataLoader(test, 64))
+    (center, statistics, _), (replica_alone, _, weights) = ends.center, ends.replica
+    return center, replica_alone, statistics, weights
 
 
 def _fit_both(replica: int) -> Any:

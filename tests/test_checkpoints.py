@@ -23,8 +23,9 @@ from pytorch_lightning.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_easgd import EASGD, Asynchronous, EASGDStrategy
 from lightning_easgd.trainer.checkpoint import KEY, ReplicaFile, ReplicaFileError, Saves, local_path, set_apart
 from tests import modules
+from tests.callbacks import Ends
 from tests.helpers import Replicas, run_replicas
-from tests.modules import BatchNormRegression, Regression, flat, loader, trainer
+from tests.modules import BatchNormRegression, Regression, loader, trainer
 
 # --- what hooks see -------------------------------------------------------------------------------------------------
 
@@ -196,8 +197,9 @@ def test_which_paths_are_local(tmp_path, monkeypatch):
         assert local_path(path) is None
 
 
-class _End(Callback):
+class _End(Ends):
     def __init__(self, save_at: str | None = None) -> None:
+        super().__init__()
         self.save_at = save_at
 
     def on_train_start(self, trainer, pl_module):
@@ -206,10 +208,6 @@ class _End(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.save_at and trainer.global_step == 3:
             trainer.save_checkpoint(self.save_at)
-
-    def on_train_end(self, trainer, pl_module):
-        with trainer.strategy.weights_of("replica"):
-            self.replica = flat(pl_module)
 
 
 def _urls(replica: int, folder: str, port: int) -> Any:
@@ -480,22 +478,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_for_good(tmp_path, a
 # --- auto-requeue ---------------------------------------------------------------------------------------------------
 
 
-class _Requeue(Callback):
+class _Requeue(_End):
     """SLURM signals all processes before it takes the nodes away."""
 
     def __init__(self, at: int) -> None:
+        super().__init__()
         self.at = at
-
-    def on_train_start(self, trainer, pl_module):
-        self.began_at = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.at:
             os.kill(os.getpid(), signal.SIGUSR1)
-
-    def on_train_end(self, trainer, pl_module):
-        with trainer.strategy.weights_of("replica"):
-            self.replica = flat(pl_module)
 
 
 def _requeued(replica: int, folder: str) -> Any:

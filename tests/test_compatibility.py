@@ -32,11 +32,12 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easgd import EASGD, EASGDStrategy
+from tests.callbacks import Ends
 from tests.helpers import PROCESSES_S, Replicas, run_replicas
-from tests.modules import Regression, flat, linear_data, loader, trainer
+from tests.modules import Regression, Stream, flat, linear_data, loader, trainer
 
 # --- running the cases -----------------------------------------------------------------------------------------------
 
@@ -126,16 +127,20 @@ def results_of(function: Callable[[int, Path], Any]) -> tuple[Any, Any]:
     return first, second
 
 
-class Probe(Callback):
-    """Counts steps and exchanges of every coupling, and keeps replica and center at the end."""
+def parts(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: flat(part) for name, part in module.named_children()}
+
+
+class Probe(Ends):
+    """Counts the exchanges of every coupling, and keeps the losses and, part by part too, the replica at the end."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Any] = {"losses": []}
+        super().__init__(lambda module: (flat(module), parts(module)))
+        self.losses: list[float] = []
         self.pushes: list[int] = []
 
     def on_train_start(self, trainer, pl_module):
-        self.kept["initial"] = flat(pl_module)
-        self.initial_parts = {name: flat(part) for name, part in pl_module.named_children()}
+        self.initial, self.initial_parts = flat(pl_module), parts(pl_module)
         for index, coupling in enumerate(trainer.strategy.couplings):
             self.pushes.append(0)
 
@@ -150,23 +155,17 @@ class Probe(Callback):
             coupling.center.push, coupling.center.exchange = push, exchange
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if isinstance(outputs, dict) and "loss" in outputs:
-            self.kept["losses"].append(float(outputs["loss"]))
-        else:
-            self.kept["losses"].append(math.nan)
+        has_loss = isinstance(outputs, dict) and "loss" in outputs
+        self.losses.append(float(outputs["loss"]) if has_loss else math.nan)
 
     def on_train_end(self, trainer, pl_module):
-        strategy = trainer.strategy
-        self.kept["center"] = flat(pl_module)
-        self.kept["center_dtypes"] = [c.center.value.dtype for c in strategy.couplings]
-        with strategy.weights_of("replica"):
-            self.kept["replica"] = flat(pl_module)
-            self.kept["parts"] = {name: flat(part) for name, part in pl_module.named_children()}
-        self.kept["initial_parts"] = self.initial_parts
-        self.kept["clocks"] = [c.algorithm.clock - c.algorithm.initial_clock for c in strategy.couplings]
-        self.kept["pushes"] = self.pushes
-        self.kept["moved"] = float((self.kept["center"].double() - self.kept["initial"].double()).norm())
-        self.kept["steps"] = trainer.global_step
+        super().on_train_end(trainer, pl_module)
+        self.center, _ = self.center
+        self.replica, self.parts = self.replica
+        couplings = trainer.strategy.couplings
+        self.center_dtypes = [c.center.value.dtype for c in couplings]
+        self.clocks = [c.algorithm.clock - c.algorithm.initial_clock for c in couplings]
+        self.moved = float((self.center.double() - self.initial.double()).norm())
 
 
 def fit(
@@ -180,7 +179,7 @@ def fit(
     t.fit(module, loader() if data is None else data, val)
     assert t.state.finished
     metrics = {k: float(v) for k, v in t.callback_metrics.items()}
-    return {**probe.kept, "after": flat(module), "metrics": metrics, "epochs": t.current_epoch}
+    return {**probe.kept(), "after": flat(module), "metrics": metrics, "epochs": t.current_epoch}
 
 
 def exchanges(steps: int, period: int = 3) -> int:
@@ -392,14 +391,6 @@ def test_gradient_clipping_is_of_the_local_gradient(how):
 # --- uneven work -----------------------------------------------------------------------------------------------------
 
 
-class Stream(IterableDataset):
-    def __init__(self, num_samples: int) -> None:
-        self.data, self.num_samples = linear_data(64), num_samples
-
-    def __iter__(self):
-        return (self.data[i] for i in range(self.num_samples))
-
-
 class LoggedRegression(Regression):
     """Logs over all ranks at the end of the epoch."""
 
@@ -412,7 +403,7 @@ class LoggedRegression(Regression):
 
 @case("uneven")
 def streams(replica, folder):
-    return fit(LoggedRegression(), DataLoader(Stream(40 if replica else 21), batch_size=4), loader(), max_epochs=2)
+    return fit(LoggedRegression(), DataLoader(Stream(21, 40), batch_size=4), loader(), max_epochs=2)
 
 
 def test_streams_of_different_lengths():
@@ -678,7 +669,7 @@ def batch_sizes(replica, folder):
     found = Tuner(alone).scale_batch_size(module, mode="power", steps_per_trial=2, max_trials=2, init_val=2)
     probe = Probe()
     trainer(strategy=EASGDStrategy(EASGD(period=1)), callbacks=[probe]).fit(module)
-    return {**probe.kept, "refusals": refusals, "found": found}
+    return {**probe.kept(), "refusals": refusals, "found": found}
 
 
 def test_batch_size_finder_is_refused_by_lightning_and_works_on_one_device():
@@ -883,11 +874,11 @@ def same_trainer_twice(replica, folder):
     module, probe = Regression(), Probe()
     t = trainer(strategy=EASGDStrategy(EASGD(period=3)), callbacks=[probe])
     t.fit(module, loader())
-    first = dict(probe.kept)
+    first = probe.kept()
     probe.pushes = []
     t.fit_loop.max_epochs = 3
     t.fit(module, loader())
-    return {**probe.kept, "first": first}
+    return {**probe.kept(), "first": first}
 
 
 def test_one_trainer_twice():

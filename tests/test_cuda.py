@@ -52,7 +52,7 @@ from lightning_easgd.core.fragments import by_fragment, first_clock, step_fragme
 from lightning_easgd.core.slots import num_slots
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition
-from tests.communication.test_parameter_server import Apart
+from tests.centers import Apart, meet
 from tests.pretend_cuda import Findings, Lag, PretendTensor, pretend_cuda, run_ranks
 
 T = timedelta(seconds=30)
@@ -304,12 +304,6 @@ class Rank:
             )
         self.resources.close()
         return outcome
-
-
-def meet(store: dist.Store, name: str, size: int) -> None:
-    if store.add(f"{name}/came", 1) == size:
-        store.set(f"{name}/all", "")
-    store.wait([f"{name}/all"], T)
 
 
 def run(scenario: Scenario, kind: str, findings: Findings | None) -> list[Outcome]:

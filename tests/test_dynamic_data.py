@@ -17,7 +17,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -30,7 +29,7 @@ from lightning_easgd.core import lock_step
 from lightning_easgd.sampling import Draws, DynamicSampler
 from tests import modules
 from tests.helpers import TIMEOUT, run_replicas, run_threads
-from tests.modules import Regression, linear_data, trainer
+from tests.modules import Regression, Stream, linear_data, trainer
 
 # --- draws ---
 
@@ -665,11 +664,6 @@ def test_batches_without_a_step_count():
 # --- refusals ---
 
 
-class _Stream(IterableDataset):
-    def __iter__(self):
-        return iter(linear_data(8))
-
-
 class _OwnBatches(BatchSampler):
     pass
 
@@ -726,7 +720,7 @@ def _combined(mode: str, data: Any) -> Any:
 
 
 def _stream(data: Any) -> Any:
-    return DataLoader(_Stream(), 4)
+    return DataLoader(Stream(8), 4)
 
 
 def _plain(data: Any) -> Any:
@@ -740,7 +734,7 @@ def _own_iteration(data: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "kwargs", "text"),
     [
-        (_stream, {}, "_Stream is an IterableDataset, which has no batches to draw by number; use a map-style Dataset"),
+        (_stream, {}, "Stream is an IterableDataset, which has no batches to draw by number; use a map-style Dataset"),
         (_own_batches, {}, "the loader's batch_sampler is a _OwnBatches of its own"),
         (_plain_batches, {}, "give the DataLoader batch_size and sampler instead"),
         (_own_iteration, {}, "_OwnIteration has an __iter__ of its own"),

@@ -21,6 +21,7 @@ from lightning_easgd import (
 )
 from lightning_easgd.core.fragments import by_fragment, first_clock
 from tests import modules
+from tests.callbacks import Recorder
 from tests.helpers import run_replicas
 from tests.modules import BatchNormRegression, Regression, flat, loader, trainer
 
@@ -63,28 +64,21 @@ def test_exchanges_are_spread_evenly_over_the_period(number, period):
 # --- under a Trainer ---
 
 
-class _Recorder(modules.pytorch_lightning.Callback):
-    """Keeps every batch, which fragments had exchanged after each, and replica and center at the end."""
+class _Recorder(Recorder):
+    """Keeps how often each fragment had exchanged after every batch, too, and what it has sent."""
 
     def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.exchanges: list[list[int]] = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append([t.clone() for t in batch])
+        super().__init__()
+        self.exchanged: list[list[int]] = []
 
     def on_train_batch_end(self, trainer, *_):
         couplings = getattr(trainer.strategy, "couplings", [])
-        self.exchanges.append([c.center.traffic.exchanges for c in couplings])
+        self.exchanged.append([c.center.traffic.exchanges for c in couplings])
 
     def on_train_end(self, trainer, pl_module):
-        self.center = self.replica = flat(pl_module)
-        if not isinstance(trainer.strategy, EASGDStrategy):
-            return
-        self.names = [c.names for c in trainer.strategy.couplings]
-        self.bytes = [c.center.traffic.bytes_sent for c in trainer.strategy.couplings]
-        with trainer.strategy.weights_of("replica"):
-            self.replica = flat(pl_module)
+        super().on_train_end(trainer, pl_module)
+        couplings = getattr(trainer.strategy, "couplings", [])
+        self.bytes = [c.center.traffic.bytes_sent for c in couplings]
 
 
 def _fit(replica: int, strategy: EASGDStrategy, module: type = Regression, **options: Any) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def _fit(replica: int, strategy: EASGDStrategy, module: type = Regression, **opt
     ckpt_path = options.pop("ckpt_path", None)
     t = trainer(strategy=strategy, callbacks=callbacks, **{"max_epochs": 4, **options})
     t.fit(model, loader(), ckpt_path=ckpt_path)
-    return {**vars(recorder), "after": flat(model), "steps": t.global_step}
+    return {**recorder.kept(), "after": flat(model)}
 
 
 def _fit_fragments(replica: int) -> Any:
@@ -126,7 +120,7 @@ def test_each_fragment_is_the_dense_recurrence_at_steps_of_its_own():
             counts[k] += 1
         expected.append(list(counts))
     for result, r in zip(results, replicas, strict=True):
-        assert result["exchanges"] == expected
+        assert result["exchanged"] == expected
         torch.testing.assert_close(result["replica"], flat(r), atol=1e-5, rtol=0)
         torch.testing.assert_close(result["center"], torch.cat([c.flatten() for c in center]), atol=1e-5, rtol=0)
         assert torch.equal(result["center"], results[0]["center"])
@@ -235,7 +229,7 @@ def _fit_apart(replica: int, algorithm: Any) -> Any:
 def test_fragments_over_an_asynchronous_center(algorithm):
     results = run_replicas(_fit_apart, 2, algorithm)
     for result in results:
-        assert result["exchanges"][-1] == [STEPS // 4, STEPS // 4]
+        assert result["exchanged"][-1] == [STEPS // 4, STEPS // 4]
         assert torch.equal(result["center"], results[0]["center"])
     start = flat(Regression())
     assert float((results[0]["center"] - start).norm()) > 0.1

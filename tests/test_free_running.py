@@ -11,31 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_easgd import EASGD, EASGDStrategy, SharedMemory, TransportError
 from lightning_easgd.core import Company, Layout
 from lightning_easgd.core.free_running import Requests
 from lightning_easgd.trainer.checkpoint import ReplicaFile
 from tests import modules
+from tests.callbacks import Ends
 from tests.helpers import TIMEOUT, run_replicas
-from tests.modules import BatchNormRegression, Regression, flat, linear_data, loader, trainer
+from tests.modules import BatchNormRegression, Regression, Stream, flat, loader, trainer
 
 
 def strategy(period: int = 2, **kwargs: Any) -> EASGDStrategy:
     return EASGDStrategy(EASGD(period=period), SharedMemory(), **kwargs)
-
-
-class Stream(IterableDataset):
-    """Another number of samples in every replica."""
-
-    def __init__(self, num_samples: dict[int, int]) -> None:
-        self.num_samples = num_samples
-
-    def __iter__(self):
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        data = linear_data()
-        return (data[i % len(data)] for i in range(self.num_samples[rank]))
 
 
 class Slow(modules.pytorch_lightning.Callback):
@@ -49,10 +38,11 @@ class Slow(modules.pytorch_lightning.Callback):
             time.sleep(self.seconds)
 
 
-class Recorder(modules.pytorch_lightning.Callback):
-    """What the module held in each evaluation, and center, replica and steps at the end."""
+class Recorder(Ends):
+    """Keeps what the module held in each evaluation, too, and in the end the reports and the center's clock."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.evaluated: list[torch.Tensor] = []
         self.buffers: list[torch.Tensor] = []
 
@@ -61,9 +51,7 @@ class Recorder(modules.pytorch_lightning.Callback):
         self.buffers.append(torch.cat([b.double().flatten() for b in pl_module.buffers()] or [torch.empty(0)]))
 
     def on_train_end(self, trainer, pl_module):
-        self.center, self.steps = flat(pl_module), trainer.global_step
-        with trainer.strategy.weights_of("replica"):
-            self.replica = flat(pl_module)
+        super().on_train_end(trainer, pl_module)
         self.reports = list(trainer.strategy.couplings[0].reports)
         self.clock = trainer.strategy.couplings[0].center.clock
 
@@ -72,7 +60,7 @@ def _validate(replica: int, kwargs: dict[str, Any], module: Any = Regression) ->
     recorder = Recorder()
     t = trainer(strategy=strategy(), callbacks=[Slow(1, 0.005), recorder], max_epochs=2, **kwargs)
     t.fit(module(), loader(), loader(32))
-    return vars(recorder)
+    return recorder.kept()
 
 
 @pytest.mark.parametrize(
@@ -133,8 +121,8 @@ def _unequal(replica: int, folder: str, logger: str) -> dict[str, Any]:
         log_every_n_steps=1,
         logger=CSVLogger(folder) if logger == "csv" else WandbLogger(save_dir=folder, offline=True, log_model=False),
     )
-    t.fit(EverySort(), DataLoader(Stream({0: 41 * 4, 1: 13 * 4}), batch_size=4), loader(32))
-    return {**vars(recorder), "path": checkpoints[2].best_model_path}
+    t.fit(EverySort(), DataLoader(Stream(41 * 4, 13 * 4), batch_size=4), loader(32))
+    return {**recorder.kept(), "path": checkpoints[2].best_model_path}
 
 
 @pytest.mark.parametrize("logger", ["csv", "wandb"])
@@ -182,9 +170,9 @@ def _decide(replica: int, decider: int, how: str) -> dict[str, Any]:
     recorder = Recorder()
     decide = _StopAt(decider, 5) if how == "should_stop" else Timer(duration={"seconds": 1})
     t = trainer(strategy=strategy(), callbacks=[recorder, decide, Slow(1 - decider, 0.01)], max_epochs=10**6)
-    data = DataLoader(Stream({0: 10**9, 1: 10**9}), batch_size=4)
+    data = DataLoader(Stream(10**9), batch_size=4)
     t.fit(Regression(), data)
-    return {**vars(recorder), "epochs": t.current_epoch}
+    return {**recorder.kept(), "epochs": t.current_epoch}
 
 
 @pytest.mark.parametrize(("decider", "how"), [(0, "should_stop"), (1, "should_stop"), (0, "timer")])
@@ -200,8 +188,8 @@ def test_what_one_replica_decides_the_others_learn(decider, how):
 def _uneven_validation(replica: int) -> dict[str, Any]:
     recorder = Recorder()
     t = trainer(strategy=strategy(), callbacks=[recorder, Slow(0, 0.01)], max_epochs=2, val_check_interval=5)
-    t.fit(Regression(), DataLoader(Stream({0: 18 * 4, 1: 7 * 4}), batch_size=4), loader(32))
-    return vars(recorder)
+    t.fit(Regression(), DataLoader(Stream(18 * 4, 7 * 4), batch_size=4), loader(32))
+    return recorder.kept()
 
 
 def test_an_evaluation_that_not_all_reach_is_left_out():
@@ -218,7 +206,7 @@ def _gated(replica: int, slack: int | None) -> dict[str, Any]:
     t = trainer(strategy=strategy(1, slack=slack), callbacks=[recorder, Slow(1, 0.02)], logger=True, max_epochs=1)
     t.strategy.request_reports(1)
     t.fit(Regression(), loader())
-    return vars(recorder)
+    return recorder.kept()
 
 
 @pytest.mark.parametrize("slack", [None, 0, 2])
@@ -286,7 +274,7 @@ def _save(replica: int, folder: str) -> dict[str, Any]:
         max_epochs=2,
     )
     t.fit(Regression(), loader())
-    return vars(recorder)
+    return recorder.kept()
 
 
 def _resume(replica: int, path: str, max_epochs: int) -> dict[str, Any]:
@@ -301,7 +289,7 @@ def _resume(replica: int, path: str, max_epochs: int) -> dict[str, Any]:
     start = Start()
     t = trainer(strategy=strategy(), callbacks=[start, recorder], max_epochs=max_epochs)
     t.fit(Regression(), loader(), ckpt_path=path)
-    return {**vars(recorder), "start": vars(start)}
+    return {**recorder.kept(), "start": vars(start)}
 
 
 def test_every_replica_goes_on_from_its_own_state(tmp_path):
@@ -327,7 +315,7 @@ def _diverge(replica: int, reaction: str) -> dict[str, Any]:
     recorder = Recorder()
     t = trainer(strategy=strategy(1, on_nonfinite=reaction), callbacks=[recorder])
     t.fit(Diverges(), loader())
-    return {name: getattr(recorder, name) for name in ("steps", "center", "replica", "clock")}
+    return recorder.kept()
 
 
 def test_a_delta_that_is_not_finite_stays_out_and_its_replica_starts_again():
@@ -370,7 +358,7 @@ def _checkpointed(replica: int, folder: str, kwargs: dict[str, Any], batches: tu
 
     recorder, checkpoint = Recorder(), ModelCheckpoint(folder, **kwargs)
     t = trainer(strategy=strategy(), callbacks=[recorder, checkpoint], enable_checkpointing=True, max_epochs=2)
-    t.fit(Regression(), DataLoader(Stream(dict(enumerate(batches))), batch_size=1), loader(32))
+    t.fit(Regression(), DataLoader(Stream(*batches), batch_size=1), loader(32))
     t.test(Regression(), loader(32), ckpt_path="best" if checkpoint.best_model_path else None)
     return {"center": recorder.center, "best": checkpoint.best_model_path, "metrics": t.callback_metrics}
 
@@ -463,7 +451,7 @@ def _end_apart(replica: int) -> Any:
             return loss
 
     t = trainer(strategy=strategy(), max_epochs=-1, max_steps=20)
-    t.fit(Measured(), DataLoader(Stream({0: 20, 1: 5}), batch_size=1))
+    t.fit(Measured(), DataLoader(Stream(20, 5), batch_size=1))
     return t.global_step, t.callback_metrics["mean"]
 
 

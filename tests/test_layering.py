@@ -259,6 +259,20 @@ def test_every_rule_has_a_file():
     assert all((ROOT / name).exists() for name in ALLOWED)
 
 
+def test_no_suite_imports_from_another():
+    """What two suites need is in a module of its own."""
+    tests = Path(__file__).parent
+    for path in sorted(tests.rglob("*.py")):
+        statements = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {getattr(node, "module", "") for node in statements} | {
+            a.name for node in statements for a in node.names
+        }
+        found = [name for name in names if name.rpartition(".")[2].startswith("test_")]
+        assert not found, f"{path.relative_to(tests)} imports {found}"
+
+
 @each_file
 def test_no_exception_is_swallowed(path):
     for node in ast.walk(ast.parse(path.read_text())):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_easgd import AGN, EASGD, Asynchronous, Downpour, EASGDStrategy
 from lightning_easgd.core.layerwise import by_layer, narrowed, parts_of
 from tests import modules
+from tests.callbacks import Ends
 from tests.helpers import TIMEOUT, run_replicas
 from tests.modules import Regression, flat, loader, trainer
 
@@ -96,24 +97,14 @@ class Behind(modules.pytorch_lightning.Callback):
             self.store.set(f"read/{trainer.global_step}", "")
 
 
-class Ends(modules.pytorch_lightning.Callback):
-    """Keeps what there is at the end."""
-
-    def on_train_end(self, trainer, pl_module):
-        couplings = trainer.strategy.couplings
-        self.center, self.steps = flat(pl_module), trainer.global_step
-        self.exchanges = {
-            coupling.names[0]: coupling.center.traffic.exchanges for coupling in couplings if coupling.names
-        }
-
-
 def _fit(replica: int, strategy: Any, module: Any = Deep, num_replicas: int = 2, **kwargs: Any) -> dict[str, Any]:
     ends, fitted = Ends(), module()
     callbacks = [ends, *kwargs.pop("callbacks", [])]
     path = kwargs.pop("ckpt_path", None)
     t = trainer(strategy=strategy, devices=num_replicas, callbacks=callbacks, **{"max_epochs": 2, **kwargs})
     t.fit(fitted, loader(shuffle=False), loader(16), ckpt_path=path)
-    return {**vars(ends), "module": flat(fitted)}
+    exchanges = {names[0]: number for names, number in zip(ends.names, ends.exchanges, strict=True) if names}
+    return {**ends.kept(), "exchanges": exchanges, "module": flat(fitted)}
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import torch
 
 from lightning_easgd import EASGD, EASGDStrategy, ElasticSGD, EntropySGD, MovingAverage, Parle
 from tests import modules
+from tests.callbacks import Everything, differences
 from tests.helpers import run_replicas
-from tests.modules import Regression, flat, linear_data, trainer
-from tests.test_resume import Hard, _differences, _State
+from tests.modules import Hard, Regression, flat, linear_data, trainer
 
 
 class _Outer(modules.pytorch_lightning.Callback):
@@ -105,7 +105,7 @@ def _fit(folder: str, strategy: Any, devices: int, resume: str | None) -> dict[s
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     modules.pytorch_lightning.seed_everything(3)
-    state = _State()
+    state = Everything()
     t = trainer(
         strategy=strategy,
         callbacks=[state, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)],
@@ -116,7 +116,7 @@ def _fit(folder: str, strategy: Any, devices: int, resume: str | None) -> dict[s
     )
     data = torch.utils.data.DataLoader(linear_data(80), batch_size=4, shuffle=True)
     t.fit(Hard("momentum"), data, torch.utils.data.DataLoader(linear_data(16), batch_size=4), ckpt_path=resume)
-    return {key: value for key, value in vars(state).items() if key not in ("log", "log_dict")}
+    return state.kept()
 
 
 def _resume(rank: int, folder: str, devices: int, strategies: list[Any]) -> Any:
@@ -158,7 +158,7 @@ def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, n
         for strategy, whole, again in found:
             expected = whole | {"batches": whole["batches"][-len(again["batches"]) :]}
             assert len(again["batches"]) < len(whole["batches"])
-            assert _differences(expected, again, f"rank {rank}, {strategy}: ") == []
+            assert differences(expected, again, f"rank {rank}, {strategy}: ") == []
 
 
 class _Fused(Regression):

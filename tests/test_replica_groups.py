@@ -11,6 +11,7 @@ from lightning_easgd import EASGD, AllReduce, Asynchronous, EASGDStrategy
 from lightning_easgd.core.members import Layout
 from lightning_easgd.core.slots import num_slots
 from tests import modules
+from tests.callbacks import Ends, Recorder, differences, state
 from tests.helpers import run_replicas
 from tests.modules import Regression, flat, linear_data, loader, trainer
 
@@ -30,25 +31,19 @@ class Noisy(Regression):
         torch.manual_seed(self.global_rank)
 
 
-class Keeps(modules.pytorch_lightning.Callback):
-    """What this rank has in the end, and the batches that it saw."""
+class Keeps(Recorder):
+    """Keeps the momenta, what was sent and what is logged, too; center and replica with their buffers."""
 
     def __init__(self) -> None:
-        self.batches: list[Any] = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append([t.clone() for t in batch])
+        super().__init__(state)
 
     def on_train_end(self, trainer, pl_module):
-        strategy = trainer.strategy
-        self.steps = trainer.global_step
-        self.center = {k: v.clone() for k, v in pl_module.state_dict().items()}
-        with strategy.weights_of("replica"):
-            self.replica = {k: v.clone() for k, v in pl_module.state_dict().items()}
+        super().on_train_end(trainer, pl_module)
+        coupling = trainer.strategy.couplings[0]
         self.momenta = [state["momentum_buffer"] for state in trainer.optimizers[0].state_dict()["state"].values()]
-        self.traffic = vars(strategy.couplings[0].center.traffic).copy()
-        self.numel = strategy.couplings[0].vector.numel
-        self.logged = strategy.hyperparameters()
+        self.traffic = vars(coupling.center.traffic).copy()
+        self.numel = coupling.vector.numel
+        self.logged = trainer.strategy.hyperparameters()
 
 
 def _fit(rank: int, module: type, strategy: Any, **options: Any) -> dict[str, Any]:
@@ -56,15 +51,11 @@ def _fit(rank: int, module: type, strategy: Any, **options: Any) -> dict[str, An
     t = trainer(strategy=strategy, devices=4, callbacks=[keeps], **options)
     data = torch.utils.data.DataLoader(linear_data(80), batch_size=4, shuffle=True)
     t.fit(module(), data, torch.utils.data.DataLoader(linear_data(16), batch_size=4))
-    return {key: value for key, value in vars(keeps).items() if key not in ("log", "log_dict")}
+    return keeps.kept()
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return torch.equal(a, b)
+    return not differences(a, b)
 
 
 def _two_hundred_steps(rank: int) -> Any:
@@ -184,19 +175,10 @@ class TwoNetworks(Regression):
 
 
 def _two_networks(rank: int) -> Any:
-    kept = []
-
-    class Ends(modules.pytorch_lightning.Callback):
-        def on_train_end(self, trainer, pl_module):
-            with trainer.strategy.weights_of("replica"):
-                kept.append(flat(pl_module))
-            kept.append(flat(pl_module))
-
-    t = trainer(
-        strategy=EASGDStrategy(EASGD(period=PERIOD), replica_size=2), devices=4, callbacks=[Ends()], max_epochs=6
-    )
+    ends = Ends()
+    t = trainer(strategy=EASGDStrategy(EASGD(period=PERIOD), replica_size=2), devices=4, callbacks=[ends], max_epochs=6)
     t.fit(TwoNetworks(), loader(), loader(16))
-    return kept
+    return ends.replica, ends.center
 
 
 def test_two_optimizers_meet_in_either_order():

@@ -15,50 +15,9 @@ import torch
 from lightning_easgd import EASGD, EASGDStrategy
 from lightning_easgd.trainer.checkpoint import KEY, ReplicaFile
 from tests import modules
+from tests.callbacks import EndsOfTheOther, Everything, differences
 from tests.helpers import Replicas, run_replicas
-from tests.modules import Regression, linear_data, trainer
-
-
-class Hard(Regression):
-    """Dropout, batch norm, a scheduler a step, and a choice of optimizers."""
-
-    def __init__(self, optimizer: str) -> None:
-        super().__init__()
-        self.optimizer = optimizer
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(4, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 1)
-        )
-
-    def configure_optimizers(self) -> Any:
-        if self.optimizer == "momentum":
-            optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
-            length = self.trainer.estimated_stepping_batches  # which sets up the data before anything else does
-        else:
-            optimizer, length = torch.optim.AdamW(self.parameters(), lr=0.01), 60
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=length)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class _State(modules.pytorch_lightning.Callback):
-    """Keeps every tensor of this process at the end of training, and the data it saw."""
-
-    def __init__(self) -> None:
-        self.batches: list[torch.Tensor] = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append(batch[0].clone())
-
-    def on_train_end(self, trainer, pl_module):
-        strategy = trainer.strategy
-        self.center = {k: v.clone() for k, v in pl_module.state_dict().items()}
-        with strategy.weights_of("replica"):
-            self.replica = {k: v.clone() for k, v in pl_module.state_dict().items()}
-        self.optimizer = [o.state_dict() for o in trainer.optimizers]
-        self.schedulers = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
-        self.clock = strategy.couplings[0].algorithm.clock
-        self.exchanges = strategy.couplings[0].center.traffic.exchanges
-        self.rng = torch.get_rng_state()
-        self.step = trainer.global_step
+from tests.modules import Hard, Regression, linear_data, trainer
 
 
 def _fit(
@@ -73,7 +32,7 @@ def _fit(
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     modules.pytorch_lightning.seed_everything(3)
-    state = _State()
+    state = Everything()
     checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     # The second one saves at the end of each epoch, after validation.
     epochs = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
@@ -91,7 +50,7 @@ def _fit(
     )
     validation = torch.utils.data.DataLoader(linear_data(16), batch_size=4)
     t.fit(Hard(optimizer), loader, validation, ckpt_path=resume)
-    return {key: value for key, value in vars(state).items() if key not in ("log", "log_dict")}
+    return state.kept()
 
 
 def _resume(replica: int, folder: str, optimizer: str, accumulate: int, workers: int, stops: list[str]) -> Any:
@@ -101,18 +60,6 @@ def _resume(replica: int, folder: str, optimizer: str, accumulate: int, workers:
         again = _fit(f"{folder}/resumed {stop}", optimizer, accumulate, f"{folder}/{stop}.ckpt", workers=workers)
         found.append(again)
     return whole, found
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    if isinstance(a, torch.Tensor):
-        return [] if torch.equal(a, b) else [path]
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        return [d for k in a for d in _differences(a[k], b[k], f"{path}/{k}")]
-    if isinstance(a, list):
-        assert len(a) == len(b), path
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{path}/{i}")]
-    return [] if a == b else [path]
 
 
 @pytest.mark.parametrize(
@@ -131,41 +78,35 @@ def test_a_resumed_run_equals_one_that_never_stopped_to_the_last_bit(tmp_path, o
         for stop, again in zip(stops, found, strict=True):
             expected = whole | {"batches": whole["batches"][-len(again["batches"]) :]}
             assert len(again["batches"]) < len(whole["batches"])
-            assert _differences(expected, again, f"replica {replica} from {stop}: ") == []
+            assert differences(expected, again, f"replica {replica} from {stop}: ") == []
 
 
 def _other_namespace(replica: int, folder: str) -> Any:
     import lightning.pytorch
-    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
-
-    class State(Callback):
-        def on_train_end(self, trainer, pl_module):
-            self.center = modules.flat(pl_module)
-            with trainer.strategy.weights_of("replica"):
-                self.replica = modules.flat(pl_module)
 
     found = []
     for name, resume in (("whole", None), ("again", f"{folder}/step=11.ckpt")):
         lightning.pytorch.seed_everything(5)
-        state = State()
+        ends = EndsOfTheOther()
         checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=11, save_top_k=-1)
         logger = CSVLogger(folder, name=name, version=0)
         t = trainer(
-            "lightning.pytorch", callbacks=[state, checkpoint], logger=logger, enable_checkpointing=True, max_epochs=2
+            "lightning.pytorch", callbacks=[ends, checkpoint], logger=logger, enable_checkpointing=True, max_epochs=2
         )
         t.fit(modules.REGRESSIONS["lightning.pytorch"](), modules.loader(), modules.loader(), ckpt_path=resume)
         assert [type(c).__module__ for c in t.callbacks if type(c).__name__ == "ElasticMonitor"] == [
             "lightning_easgd.pytorch"
         ]
-        found.append((state.center, state.replica, float(t.callback_metrics["val_loss"])))
+        found.append((ends.center, ends.replica, float(t.callback_metrics["val_loss"])))
     return found
 
 
 def test_the_other_namespace_trains_logs_saves_and_resumes(tmp_path):
     results = run_replicas(_other_namespace, 2, str(tmp_path))
     for whole, again in results:
-        assert _differences(list(whole), list(again)) == []
+        assert differences(list(whole), list(again)) == []
     assert torch.equal(results[0][0][0], results[1][0][0])
     assert not torch.equal(results[0][0][1], results[1][0][1])
     assert "easgd/consensus_distance" in (tmp_path / "whole" / "version_0" / "metrics.csv").read_text()

@@ -14,11 +14,12 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from lightning_easgd import EASGDStrategy, _parent
+from lightning_easgd import EASGDStrategy
 from lightning_easgd.communication import _notice, _rendezvous
 from lightning_easgd.communication._notice import Notice
 from lightning_easgd.communication._rendezvous import Rendezvous
 from lightning_easgd.communication._roll_call import RollCall
+from lightning_easgd.trainer import parent
 from tests.helpers import COMMAND_S, ROOT, TIMEOUT, Replicas, free_port, run_replicas
 from tests.modules import Regression, loader, trainer
 
@@ -192,28 +193,28 @@ def _kill(place: Path) -> None:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(_parent, "_parent", None)
-    monkeypatch.setattr(_parent, "_is_free", threading.Event())
+    monkeypatch.setattr(parent, "_parent", None)
+    monkeypatch.setattr(parent, "_is_free", threading.Event())
 
 
 def test_who_merely_inherits_the_environment_is_left_alone(monkeypatch, fresh):
-    monkeypatch.setenv(_parent._NAME, str(os.getpid()))  # it is nobody's child here, and alive
-    with mock.patch.object(_parent, "_watch") as watch:
-        _parent.watch()
-        _parent.refuse_orphan()
+    monkeypatch.setenv(parent._NAME, str(os.getpid()))  # it is nobody's child here, and alive
+    with mock.patch.object(parent, "_watch") as watch:
+        parent.watch()
+        parent.refuse_orphan()
     watch.assert_not_called()
-    assert _parent._NAME not in os.environ
+    assert parent._NAME not in os.environ
 
 
 def test_an_orphan_is_refused_until_it_has_met_the_others(monkeypatch, fresh):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    monkeypatch.setenv(_parent._NAME, str(dead.pid))
-    _parent.watch()
+    monkeypatch.setenv(parent._NAME, str(dead.pid))
+    parent.watch()
     with pytest.raises(RuntimeError, match=f"which has started this process .as process {dead.pid}., is gone"):
-        _parent.refuse_orphan()
-    _parent.may_leave()
-    _parent.refuse_orphan()
+        parent.refuse_orphan()
+    parent.may_leave()
+    parent.refuse_orphan()
 
 
 def test_only_what_the_launcher_starts_is_told_its_parent():
@@ -221,16 +222,16 @@ def test_only_what_the_launcher_starts_is_told_its_parent():
 
     class Launcher:
         def launch(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append(os.environ.get(_parent._NAME))
+            seen.append(os.environ.get(parent._NAME))
             return function(*args, **kwargs)
 
     launcher = Launcher()
-    _parent.announce(launcher)
-    assert launcher.launch(lambda x, y: (x, y, os.environ.get(_parent._NAME)), 1, y=2) == (1, 2, None)
+    parent.announce(launcher)
+    assert launcher.launch(lambda x, y: (x, y, os.environ.get(parent._NAME)), 1, y=2) == (1, 2, None)
     with pytest.raises(KeyError):
         launcher.launch({}.__getitem__, "absent")
     assert seen == [str(os.getpid())] * 2
-    assert _parent._NAME not in os.environ
+    assert parent._NAME not in os.environ
 
 
 @pytest.mark.parametrize("start_method", ["popen", "spawn", "fork"])

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import lightning_easgd
 from lightning_easgd import EASGD, EASGDStrategy, ElasticMonitor
 from tests import modules
+from tests.callbacks import Ends, Recorder
 from tests.helpers import COMMAND_S, run_replicas
 from tests.modules import NAMESPACES, REGRESSIONS, BatchNormRegression, Regression, flat, linear_data, loader, trainer
 
@@ -26,25 +27,8 @@ namespaces = pytest.mark.parametrize("namespace", list(NAMESPACES))
 PERIOD, RATE, STEPS, BATCH = 3, 0.3, 32, 4
 
 
-class _Recorder(modules.pytorch_lightning.Callback):
-    """Keeps every batch, and replica and center at the end."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.center = self.replica = torch.empty(0)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append([t.clone() for t in batch])
-
-    def on_train_end(self, trainer, pl_module):
-        self.center = flat(pl_module)
-        with trainer.strategy.weights_of("replica"):
-            self.replica = flat(pl_module)
-        assert torch.equal(flat(pl_module), self.center)
-
-
 def _fit_recorded(replica: int) -> dict[str, Any]:
-    module, recorder = Regression(), _Recorder()
+    module, recorder = Regression(), Recorder()
     if replica:  # another initialisation, which replica 0's must replace
         torch.nn.init.normal_(module.net[0].weight)
     strategy = EASGDStrategy(EASGD(period=PERIOD, moving_rate=RATE))
@@ -103,7 +87,7 @@ def test_one_replica_runs_in_both_namespaces(namespace):
 def _fit_alone(replica: int, coupled: bool) -> Any:
     module = Regression()
     strategy = EASGDStrategy(EASGD(period=1, moving_rate=0.0)) if coupled else "auto"
-    recorder = _Recorder() if coupled else None
+    recorder = Recorder() if coupled else None
     # Lightning's own sampler shuffles whatever the loader says.
     callbacks = [recorder] if recorder else []
     t = trainer(strategy=strategy, devices=1, max_epochs=2, callbacks=callbacks, use_distributed_sampler=False)
@@ -231,14 +215,14 @@ def _save_and_resume(replica: int, folder: str) -> Any:
 
     module = Regression()
     checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=7, save_top_k=-1, save_last=True)
-    t = trainer(callbacks=[checkpoint, _Recorder()], enable_checkpointing=True, max_epochs=2)
+    t = trainer(callbacks=[checkpoint, Recorder()], enable_checkpointing=True, max_epochs=2)
     t.fit(module, loader(), loader(shuffle=False))
     logged, center = float(t.callback_metrics["val_loss"]), flat(module)
     mid = torch.load(Path(folder, "step=7.ckpt"), weights_only=True)["state_dict"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resumed = Regression()
-        start = _Recorder()
+        start = Recorder()
         t = trainer(callbacks=[start], max_epochs=3)
         t.fit(resumed, loader(), ckpt_path=str(Path(folder, "last.ckpt")))
     return logged, center, mid, [str(w.message) for w in caught], t.global_step
@@ -360,7 +344,7 @@ def test_between_two_exchanges_nothing_is_communicated(tmp_path):
 def _thaw(replica: int) -> Any:
     """The first layer is frozen in epoch 0, joins in epoch 1; the last leaves in epoch 3."""
 
-    class Thaw(modules.pytorch_lightning.Callback):
+    class Thaw(Ends):
         def on_fit_start(self, trainer, pl_module):
             self.frozen = pl_module.net[0].weight.detach().clone()
 
@@ -377,9 +361,7 @@ def _thaw(replica: int) -> Any:
                 self.left = pl_module.net[2].weight.detach().clone()
 
         def on_train_end(self, trainer, pl_module):
-            with trainer.strategy.weights_of("replica"):
-                self.replica = flat(pl_module)
-            self.names = trainer.strategy.couplings[0].names
+            super().on_train_end(trainer, pl_module)
             algorithm = trainer.strategy.couplings[0].algorithm
             self.clock = algorithm.clock - algorithm.initial_clock
 
@@ -390,7 +372,7 @@ def _thaw(replica: int) -> Any:
 
     thaw, module = Thaw(), Module()
     trainer(strategy=EASGDStrategy(EASGD(period=2)), callbacks=[thaw], max_epochs=5).fit(module, loader())
-    return thaw.stayed, thaw.names, thaw.clock, flat(module), thaw.left, thaw.replica, thaw.frozen
+    return thaw.stayed, thaw.names[0], thaw.clock, flat(module), thaw.left, thaw.replica, thaw.frozen
 
 
 def test_parameters_that_are_thawed_join_and_frozen_ones_leave():

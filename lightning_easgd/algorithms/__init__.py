@@ -1,5 +1,6 @@
 """Algorithms: the loop of one replica, one file a method. They know the center, not where it lives."""
 
+from lightning_easgd.algorithms._elastic import displacement_
 from lightning_easgd.algorithms._local_entropy import annealed, nesterov_bound, outer_step_
 from lightning_easgd.algorithms._stability import stable_step_sizes
 from lightning_easgd.algorithms.adag import ADAG, damping
@@ -9,10 +10,10 @@ from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.algorithms.downpour import Downpour
 from lightning_easgd.algorithms.dynsgd import DynSGD
 from lightning_easgd.algorithms.eamsgd import EAMSGD
-from lightning_easgd.algorithms.easgd import EASGD, displacement_
+from lightning_easgd.algorithms.early_exchange import Equilibrium
+from lightning_easgd.algorithms.easgd import EASGD
 from lightning_easgd.algorithms.elastic_sgd import ElasticSGD
 from lightning_easgd.algorithms.entropy_sgd import EntropySGD
-from lightning_easgd.algorithms.equilibrium import Equilibrium
 from lightning_easgd.algorithms.local_sgd import LocalSGD
 from lightning_easgd.algorithms.lsgd import LSGD, elected
 from lightning_easgd.algorithms.mdownpour import MDownpour

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_easgd.algorithms._state import restored, saved
 from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.interfaces import Center, Replica
 
@@ -91,13 +92,12 @@ class Accumulation(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock and anchor."""
-        anchor = None if self._anchor is None else self._anchor.to("cpu", copy=True)
-        return {**super().state_dict(), "anchor": anchor, "read_at": self._read_at}
+        return {**super().state_dict(), "anchor": saved(self._anchor), "read_at": self._read_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        self._anchor = None if state["anchor"] is None else state["anchor"].clone()
+        self._anchor = restored(state["anchor"])
         self._read_at = int(state["read_at"])
         self._has_begun = False
 

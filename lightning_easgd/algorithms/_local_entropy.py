@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd.algorithms._accumulation import require_period
+from lightning_easgd.algorithms._state import restored, saved
 from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.interfaces import Center, ProximalTerm, Replica
 
@@ -332,13 +333,14 @@ class LocalEntropy(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock, number of batches in an epoch, x, z, v, the last outer rate and the first learning rates."""
-        vectors = {"outer": self._outer, "average": self._average, "velocity": self._velocity}
         return {
             **super().state_dict(),
             "batches_per_epoch": self.batches_per_epoch,
             "rate": self._rate,
             "noted_lrs": None if self._schedule is None else list(self._schedule.noted),
-            **{name: None if vector is None else vector.to("cpu", copy=True) for name, vector in vectors.items()},
+            "outer": saved(self._outer),
+            "average": saved(self._average),
+            "velocity": saved(self._velocity),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -348,9 +350,8 @@ class LocalEntropy(Algorithm):
         self._rate = float(state["rate"])
         if self._schedule is not None and state["noted_lrs"] is not None:
             self._schedule.noted = [float(lr) for lr in state["noted_lrs"]]
-        self._outer, self._average, self._velocity = (
-            None if state[name] is None else state[name].clone() for name in ("outer", "average", "velocity")
-        )
+        self._outer, self._average = restored(state["outer"]), restored(state["average"])
+        self._velocity = restored(state["velocity"])
         self._buffer = None if self._outer is None else torch.empty_like(self._outer)
 
     def __repr__(self) -> str:

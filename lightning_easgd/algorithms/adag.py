@@ -36,6 +36,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_easgd.algorithms._accumulation import require_period
+from lightning_easgd.algorithms._state import restored, saved
 from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.interfaces import Center, Replica
 
@@ -78,10 +79,6 @@ class ADAG(Algorithm):
         """Whether the next ``step`` is the last of a period and exchanges."""
         return self.clock % self.period == self.period - 1
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def start(self, replica: Replica, center: Center) -> None:
         """Begins from where the replica stands, which is the center. See ``Algorithm.start``."""
         super().start(replica, center)
@@ -107,12 +104,12 @@ class ADAG(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock and anchor."""
-        return {**super().state_dict(), "anchor": None if self._anchor is None else self._anchor.to("cpu", copy=True)}
+        return {**super().state_dict(), "anchor": saved(self._anchor)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        self._anchor = None if state["anchor"] is None else state["anchor"].clone()
+        self._anchor = restored(state["anchor"])
 
     def __repr__(self) -> str:
         """Returns the constructor call."""

@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_easgd.algorithms._accumulation import require_period
+from lightning_easgd.algorithms._state import restored, saved
 from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.gates import Gate, RoundRobin
 from lightning_easgd.interfaces import Center, Replica
@@ -59,10 +60,6 @@ class ADMM(Algorithm):
         self.moving_rate = moving_rate
         self._multiplier: Tensor | None = None
         self._held: Tensor | None = None  # x - lambda as of the last turn: p times what the center holds of it
-
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
 
     def gate(self, num_replicas: int) -> Gate | None:
         """Returns the turns."""
@@ -102,18 +99,12 @@ class ADMM(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns clock, multiplier and what the center holds of this replica."""
-        vectors = {"multiplier": self._multiplier, "held": self._held}
-        return {
-            **super().state_dict(),
-            **{k: None if v is None else v.to("cpu", copy=True) for k, v in vectors.items()},
-        }
+        return {**super().state_dict(), "multiplier": saved(self._multiplier), "held": saved(self._held)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        self._multiplier, self._held = (
-            None if state[name] is None else state[name].clone() for name in ("multiplier", "held")
-        )
+        self._multiplier, self._held = restored(state["multiplier"]), restored(state["held"])
 
     def __repr__(self) -> str:
         """Returns the constructor call."""

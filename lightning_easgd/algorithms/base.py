@@ -106,12 +106,13 @@ class Algorithm(ABC):
         """Hears of a mini-batch's training loss, a number, before or within the local update, where ``needs_loss``."""
         del loss
 
-    @abstractmethod
     def check(self, num_replicas: int) -> None:
         """Raises ``ValueError`` if the hyper-parameters cannot work with so many replicas; warns where they may not.
 
-        Local and cheap: it is called before any process is started, where the number of replicas is known by then.
+        By default any number will do. Local and cheap: it is called before any process is started, where the number of
+        replicas is known by then.
         """
+        del num_replicas
 
     def start(self, replica: Replica, center: Center) -> None:
         """Prepares for the first step. The replica holds the center's value; all replicas call it."""

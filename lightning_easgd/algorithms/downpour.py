@@ -47,10 +47,6 @@ class Downpour(Accumulation):
         """
         super().__init__(period)
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def gain(self, num_replicas: int) -> float:
         """Returns 1."""
         del num_replicas

@@ -39,10 +39,6 @@ class DynSGD(Accumulation):
         """
         super().__init__(period)
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def gain(self, num_replicas: int) -> float:
         """Returns 1: the weight is the center's, which knows the staleness."""
         del num_replicas

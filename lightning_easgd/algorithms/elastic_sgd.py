@@ -77,10 +77,6 @@ class ElasticSGD(Algorithm):
         del parameters
         self._optimizer = optimizer
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def start(self, replica: Replica, center: Center) -> None:
         """Prepares for the first step; warns where SGD cannot follow the stiffest coupling. See ``Algorithm.start``."""
         super().start(replica, center)

@@ -89,10 +89,6 @@ class LocalSGD(Accumulation):
         """Returns DiLoCo with the paper's H = 500, outer learning rate 0.7 and Nesterov momentum 0.9."""
         return cls(period, outer_lr, outer_momentum, nesterov=True)
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def gain(self, num_replicas: int) -> float:
         """Returns 1 / p: what the center sums is the mean."""
         return 1.0 / num_replicas

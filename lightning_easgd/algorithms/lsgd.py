@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.algorithms._accumulation import require_period
+from lightning_easgd.algorithms._state import restored, saved
 from lightning_easgd.algorithms.base import Algorithm
 from lightning_easgd.interfaces import Center, Replica
 
@@ -108,10 +109,6 @@ class LSGD(Algorithm):
     def is_ending(self) -> bool:
         """Whether the next ``step`` is the last of a period and pushes."""
         return self.clock % self.period == self.period - 1
-
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
 
     def start(self, replica: Replica, center: Center) -> None:
         """Forgets the leader and the losses so far. See ``Algorithm.start``."""
@@ -191,7 +188,7 @@ class LSGD(Algorithm):
         """Returns the clock, the leader as it was pulled, who is what in this period, and the period's losses."""
         return {
             **super().state_dict(),
-            "leader": None if self._leader is None else self._leader.to("cpu", copy=True),
+            "leader": saved(self._leader),
             "read_at": self._read_at,
             "follows": self._follows,
             "leads": self._leads,
@@ -203,7 +200,7 @@ class LSGD(Algorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        self._leader = None if state["leader"] is None else state["leader"].clone()
+        self._leader = restored(state["leader"])
         self._read_at = int(state["read_at"])
         self._follows, self._leads = bool(state["follows"]), bool(state["leads"])
         self._loss_sum, self._num_losses = float(state["loss_sum"]), int(state["num_losses"])

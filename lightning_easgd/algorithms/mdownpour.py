@@ -48,10 +48,6 @@ class MDownpour(Accumulation):
             raise ValueError(f"MDownpour(momentum={momentum!r}): must be at least 0 and below 1")
         self.momentum = momentum
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def gain(self, num_replicas: int) -> float:
         """Returns 1."""
         del num_replicas

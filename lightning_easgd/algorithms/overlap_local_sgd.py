@@ -29,8 +29,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_easgd.algorithms._accumulation import require_period
+from lightning_easgd.algorithms._elastic import displacement_
 from lightning_easgd.algorithms.base import Algorithm
-from lightning_easgd.algorithms.easgd import displacement_
 from lightning_easgd.interfaces import Center, Replica
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
 
@@ -65,10 +65,6 @@ class OverlapLocalSGD(Algorithm):
                 raise ValueError(f"OverlapLocalSGD({name}={value!r}): must be at least 0 and below 1")
         self.moving_rate = moving_rate
         self.anchor_momentum = anchor_momentum
-
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
 
     def rule(self, num_replicas: int) -> CenterRule:
         """Returns the anchor's step."""

@@ -27,26 +27,18 @@ of the replicas shrinks by ``eta (1 - zc)`` a period, their differences by ``eta
 
 Departures: the paper's x in the elastic term is the default; ``elastic_target="averages"`` is the authors' codes',
 which put mean_a z^a there and so multiply the mean's rate by 1 + 1 / rho. That takes them a second all-reduce; here it
-takes none. In ``ucla-vision/parle`` the scopes shrink once a parameter tensor, the outer step begins at y, z is never
-set back to x and Nesterov's step is g + v instead of g + mu v; here they shrink once an outer step, x is restored and z
-set back, and Nesterov's step is torch's. The outer velocity contains its rate: it shrinks where the rate falls, and
-does not grow where it rises.
+takes none (``_averages_target``). In ``ucla-vision/parle`` the scopes shrink once a parameter tensor, the outer step
+begins at y, z is never set back to x and Nesterov's step is g + v instead of g + mu v; here they shrink once an outer
+step, x is restored and z set back, and Nesterov's step is torch's. The outer velocity contains its rate: it shrinks
+where the rate falls, and does not grow where it rises.
 """
 
 import math
 import warnings
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
-from lightning_easgd.algorithms._local_entropy import (
-    InnerRate,
-    LocalEntropy,
-    check_annealing,
-    nesterov_bound,
-    outer_step_,
-)
+from lightning_easgd.algorithms._averages_target import AveragesTarget
+from lightning_easgd.algorithms._local_entropy import InnerRate, LocalEntropy, check_annealing, nesterov_bound
 from lightning_easgd.interfaces import Center, Replica
 
 __all__ = ["Parle"]
@@ -111,15 +103,12 @@ class Parle(LocalEntropy):
         self.coupling, self.min_coupling = coupling, min_coupling
         self.elastic_target: ElasticTarget = elastic_target
         self.reads_late = elastic_target == "replicas"
-        self._anchor: Tensor | None = None  # with "averages" alone, as all that follow: the center as it was pulled
-        self._read_at = 0
-        self._mean_velocity: Tensor | None = None
-        self._share: float | None = None  # of the mean move in each replica's, while an outer step is pending
+        self._averages = AveragesTarget() if elastic_target == "averages" else None
 
     @property
     def is_due(self) -> bool:
         """Whether the next ``step`` reads the center: the last of a period, or the first where the target is new."""
-        return self.is_ending if self.elastic_target == "replicas" else self.clock % self.period == 0
+        return self.is_ending if self._averages is None else self.clock % self.period == 0
 
     @property
     def current_coupling(self) -> float:
@@ -157,70 +146,35 @@ class Parle(LocalEntropy):
     def start(self, replica: Replica, center: Center) -> None:
         """Begins a period at the replica's parameters, with outer velocities of zero. See ``Algorithm.start``."""
         super().start(replica, center)
-        self._anchor = self._mean_velocity = self._share = None
+        if self._averages is not None:
+            self._averages.start()
 
     def _begin(self, replica: Replica, center: Center) -> None:
-        if self.elastic_target == "replicas" or (self._anchor is not None and self.clock % self.period):
-            return
-        snapshot = center.pull()
-        if self._share is not None:
-            self._complete(snapshot.value, self._share)
-            self._return(replica)
-            self._share = None
-        self._anchor = snapshot.value.clone() if self._anchor is None else self._anchor.copy_(snapshot.value)
-        self._read_at = snapshot.clock
+        averages = self._averages
+        if averages is not None and averages.must_pull(is_first=self.clock % self.period == 0):
+            x, z, velocity, _ = self._vectors()
+            if averages.pull(center, x, z, velocity, momentum=self.outer_momentum):
+                self._return(replica)
 
     def _end(self, replica: Replica, center: Center) -> None:
-        if self.elastic_target == "replicas":
-            super()._end(replica, center)
-        else:
-            self._propose(center)
-
-    # With zbar = mean_a z^a, xbar = mean_a x^a = c, R = 1 / rho, and e = eta (1 + R) (xbar - zbar), the mean move, the
-    # mean of the replicas' outer steps is
-    #     vbar <- mu vbar + e;  xbar <- xbar - e - mu vbar        that is, xbar - (1 + mu) e - mu^2 vbar.
-    # It is linear, so that each can push its part of it; and what the center has become tells all of them e.
-
-    def _propose(self, center: Center) -> None:
-        """Pushes this replica's part of the mean outer step; keeps what it knows of its own move in z."""
-        assert self._anchor is not None
+        averages = self._averages
+        if averages is None:
+            super()._end(replica, center)  # the outer step, towards mean_a x^a
+            return
         x, z, velocity, buffer = self._vectors()
-        if self._mean_velocity is None:
-            self._mean_velocity = torch.zeros_like(self._anchor)
+        eta = self._next_rate(velocity, averages.mean_velocity())
         mu, stiffness = self.outer_momentum, self.current_stiffness
-        eta = self._next_rate(velocity, self._mean_velocity)
-        torch.sub(x, z, out=z)
-        torch.sub(x, self._anchor, out=buffer).sub_(z, alpha=eta * (1 + mu) * (1 + stiffness))
-        center.push(buffer.sub_(self._mean_velocity, alpha=mu * mu).div_(center.num_replicas), read_at=self._read_at)
-        z.add_(torch.sub(x, self._anchor, out=buffer), alpha=stiffness).mul_(eta)  # eta [(x - z) + R (x - xbar)]
-        self._share = stiffness / (1 + stiffness)
-
-    def _complete(self, center: Tensor, share: float) -> None:
-        """Makes the outer step with the target mean_a z^a, which the center's own step tells."""
-        assert self._anchor is not None
-        assert self._mean_velocity is not None
-        x, own, velocity, _ = self._vectors()
-        mu, mean_velocity = self.outer_momentum, self._mean_velocity
-        mean = self._anchor.sub_(center).sub_(mean_velocity, alpha=mu * mu).div_(1 + mu)  # e
-        mean_velocity.mul_(mu).add_(mean)
-        outer_step_(x, velocity, own.add_(mean, alpha=share), momentum=mu)  # + eta R (xbar - zbar)
+        averages.propose(center, x, z, buffer, rate=eta, momentum=mu, stiffness=stiffness)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what ``LocalEntropy`` does; where the target is the averages', what an exchange in between needs."""
-        if self.elastic_target == "replicas":
-            return super().state_dict()
-        vectors = {"anchor": self._anchor, "mean_velocity": self._mean_velocity}
-        copies = {name: None if vector is None else vector.to("cpu", copy=True) for name, vector in vectors.items()}
-        return {**super().state_dict(), **copies, "read_at": self._read_at, "share": self._share}
+        return {**super().state_dict(), **({} if self._averages is None else self._averages.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
         super().load_state_dict(state)
-        if self.elastic_target == "averages":
-            self._anchor, self._mean_velocity = (
-                None if state[name] is None else state[name].clone() for name in ("anchor", "mean_velocity")
-            )
-            self._read_at, self._share = int(state["read_at"]), state["share"]
+        if self._averages is not None:
+            self._averages.load_state_dict(state)
 
     def _arguments(self) -> dict[str, Any]:
         return {

@@ -90,10 +90,6 @@ class StreamingDiLoCo(Accumulation):
         """Whether the next ``step`` begins with the center: that of the last sending, or the first of all."""
         return self._anchor is None or (self._has_sent and self.clock % self.period == self.delay)
 
-    def check(self, num_replicas: int) -> None:
-        """Accepts any number of replicas."""
-        del num_replicas
-
     def gain(self, num_replicas: int) -> float:
         """Returns 1 / p: what the center sums is the mean."""
         return self._outer.gain(num_replicas)

@@ -171,7 +171,7 @@ class SharedCenter(OpenCenter):
         self.traffic.exposed_s += time.perf_counter() - began
         return Snapshot(value, clock)
 
-    def _new_vector(self) -> Tensor:
+    def new_vector(self) -> Tensor:
         layout = self._mapping.layout
         return torch.empty(layout.numel, dtype=layout.dtype, device=self._device)
 

@@ -160,7 +160,7 @@ class SlicedCenter(OpenCenter):
         self._gather = None
         self._value = self._value.new_empty(0)
 
-    def _new_vector(self) -> Tensor:
+    def new_vector(self) -> Tensor:
         return torch.empty_like(self._value)
 
     @property

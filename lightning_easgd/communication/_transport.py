@@ -196,11 +196,11 @@ class OpenCenter(ABC):
     def borrow(self) -> Tensor:
         """Lends (d,) memory for the x of an exchange; see ``Center.borrow``. Here it is a vector more, kept."""
         if self._lent is None:
-            self._lent = self._new_vector()
+            self._lent = self.new_vector()
         return self._lent
 
     @abstractmethod
-    def _new_vector(self) -> Tensor:
+    def new_vector(self) -> Tensor:
         """Returns (d,) memory like the center, where the replica is, without a look at the center."""
 
     @abstractmethod

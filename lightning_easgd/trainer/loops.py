@@ -34,16 +34,12 @@ class Loops:
     def take_over(self) -> None:
         """Puts this object into its places."""
         fit_loop, patch = self._run.trainer.fit_loop, self._run.patches
-        epoch_loop, plugin = fit_loop.epoch_loop, self._run.strategy.precision_plugin
+        epoch_loop = fit_loop.epoch_loop
         # Around the whole of an evaluation, so that callbacks' hooks see its weights too, and an error puts them back.
         patch(epoch_loop.val_loop, "run", partial(self._evaluate, epoch_loop.val_loop.run))
         patch(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
-        if self._run.replica.has_force:
-            patch(plugin, "_after_closure", partial(self._after_closure, plugin._after_closure))
         patch(epoch_loop, "on_run_start", partial(self._start_epoch, epoch_loop.on_run_start))
         patch(fit_loop, "run", partial(self._train, fit_loop.run))
-        # Before the callbacks' on_train_end: what an averaging callback puts into the module there stays.
-        patch(fit_loop, "on_run_end", partial(self._end_training, fit_loop.on_run_end))
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -71,11 +67,6 @@ class Loops:
     def add_force(self, optimizer: Optimizer) -> None:
         """Adds what the algorithm adds to an optimizer's gradients; see ``Elastic.add_force``."""
         self._run.replica.add_force(optimizer, getattr(self._run.strategy.precision_plugin, "scaler", None))
-
-    def _after_closure(self, after_closure: Callable[..., None], model: Any, optimizer: Any) -> None:
-        """Before Lightning's own, which calls ``on_before_optimizer_step`` and clips: gradients are unscaled here."""
-        self.add_force(optimizer)
-        after_closure(model, optimizer)
 
     # --- epochs and evaluations -------------------------------------------------------------------------------------
 
@@ -141,14 +132,18 @@ class Loops:
         """Lightning's own, which calls no hook of its end where nothing is left to do."""
         run()
         if not self._run.replica.weights.holds_center:
-            self._end_training(lambda: None)
+            self.end_training()
+            self.after_training()
 
-    def _end_training(self, on_run_end: Callable[[], None]) -> None:
-        replica, checkpoints = self._run.replica, self._run.checkpoints
+    def end_training(self) -> None:
+        """Meets all replicas for the last time, and puts the center into the module. Collective and blocking."""
         self._run.stopping.meet(Occasion.END_OF_TRAINING)
         self._unchanged.look_at_end()
-        replica.weights.hold("center")
-        on_run_end()
+        self._run.replica.weights.hold("center")
+
+    def after_training(self) -> None:
+        """Parts from the other replicas, when the callbacks and the module have seen the end. Collective, blocking."""
+        replica, checkpoints = self._run.replica, self._run.checkpoints
         if replica.formation.after_training():
             self._run.stopping.set_received_sigterm()
         checkpoints.part()

@@ -202,6 +202,9 @@ class Run:
         self.stopping.take_over()
         self.checkpoints.take_over()
         self.loops.take_over()
+        callbacks, hooks = callbacks_of(self.trainer), self.strategy.hooks_type(self)
+        callbacks.insert(0, hooks)
+        self.cleanup.callback(callbacks.remove, hooks)
         if self.dynamic_data is not None:
             self.dynamic_data.start()
 

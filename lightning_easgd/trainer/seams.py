@@ -35,7 +35,6 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "max_batches",
         "min_epochs",
         "on_advance_end",
-        "on_run_end",
         "setup_data",
     ),
     "trainer.fit_loop.epoch_loop": (
@@ -53,7 +52,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "update_lr_schedulers",
         "val_loop",
     ),
-    "trainer.precision_plugin": ("_after_closure", "_wrap_closure"),
+    "trainer.precision_plugin": ("_wrap_closure",),
     "trainer.strategy": (
         "_ddp_comm_hook",
         "_ddp_comm_state",

@@ -54,17 +54,18 @@ class ElasticStrategy(_DDPStrategy):
     """Trains replicas on their own and ties them by an elastic force to a center variable.
 
     Each replica is one process, or ``replica_size`` of them as a DDP group of their own, with the module's own
-    optimizer, scheduler, precision, accumulation and clipping.
-    Validation, test, predict, the checkpoint's ``state_dict`` and the module after ``fit`` are the center's. Between
-    two exchanges a training step makes no call to ``torch.distributed``, Lightning's own per-batch broadcast included.
+    optimizer, scheduler, precision, accumulation and clipping. Validation, test, predict, the checkpoint's
+    ``state_dict`` and the module after ``fit`` are the center's. Between two exchanges a training step makes no call to
+    ``torch.distributed``, Lightning's own per-batch broadcast included.
 
     As a string, ``Trainer(strategy="easgd")`` has the defaults of every argument; the other names are presets of it.
     """
 
-    # Set by the binding: the namespace and its version, the monitor, and what Lightning raises after a signal.
+    # Set by the binding: the namespace and its version, two callbacks, and what Lightning raises after a signal.
     _bound_to: str
     _lightning_version: str
     _monitor_type: type[Any]
+    hooks_type: type[Any]
     sigterm_exception: type[BaseException]
 
     def __init__(
@@ -153,12 +154,10 @@ class ElasticStrategy(_DDPStrategy):
             process_group_backend: of Lightning's own process group; the exchange has one of its own.
             timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
             start_method: as for DDPStrategy.
-            max_silence: how long a rank may stand still altogether, above 0, before the job is ended and it is named:
-                stopped by a signal, or in one call that holds Python's lock (a huge JSON file); and how long a job
-                waits, at most ``timeout``, for a rank that never comes when it starts, since it died in its imports
-                and its launcher does not say so. Default 5 minutes. A rank that has come and dies is noticed by its
-                connection, within seconds, and a host that vanishes within about a minute. Lightning's own launcher
-                ends all within seconds of any death, also in the imports.
+            max_silence: how long a rank may stand still, above 0, before the job ends and names it: stopped by a
+                signal, or in one call that holds Python's lock; and how long a job that starts waits, at most
+                ``timeout``, for a rank that never comes. Default 5 minutes. A rank that has come and dies is noticed
+                by its connection within seconds, a host that vanishes within about a minute.
             **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
                 as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
 
@@ -324,17 +323,21 @@ class ElasticStrategy(_DDPStrategy):
             update = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
         return self.run.loops.take_step(optimizer, update)
 
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.run.loops.after_training()  # Lightning calls this after the callbacks and the module
+
     # --- whose weights the module holds -----------------------------------------------------------------------------
 
     @contextmanager
     def weights_of(self, whose: Literal["center", "replica"]) -> Iterator[None]:
         """Puts the center's or this replica's weights and buffers into the module, and then what was there.
 
-        Collective while fitting: all ranks must enter it at the same point of the loop. Blocks for an outstanding
-        exchange. Over an asynchronous transport it is each rank's own and waits for nobody: the center as it is at the
-        moment, inside an epoch with the replica's own buffers. Outside of ``fit`` the module is the only copy and stays
-        as it is. After training has ended, in ``on_train_end``, the module holds the center and this gives the replica
-        once more.
+        Collective while fitting: all ranks must enter it at the same point, and it blocks for an outstanding exchange.
+        Over an asynchronous transport it is each rank's own and waits for nobody: the center as it is at the moment,
+        inside an epoch with the replica's own buffers. Outside of ``fit`` the module stays as it is. In
+        ``on_train_end`` the module holds the center, and this gives the replica once more.
 
         Raises:
             ValueError: ``whose`` is neither.
@@ -434,10 +437,7 @@ class ElasticStrategy(_DDPStrategy):
     # --- for callbacks ----------------------------------------------------------------------------------------------
 
     def request_reports(self, every: int) -> None:
-        """Makes every coupling report each ``every``-th exchange (0: never). All ranks call it alike, before ``fit``.
-
-        A report costs a pass over the parameters and rides in the exchanges: no message of its own.
-        """
+        """Makes every coupling report each ``every``-th exchange (0: never). All ranks call it alike before ``fit``."""
         self._report_every = every
         if self._run is not None and self._run.elastic is not None:
             self._run.elastic.report(every)

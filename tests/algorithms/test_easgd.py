@@ -75,12 +75,18 @@ def test_each_rate_follows_from_the_other():
 
 
 def test_repr_is_the_constructor_call():
-    for algorithm in (EASGD(), EASGD(3, 0.1), EASGD(period=1, moving_rate=-0.9, center_rate=1.0)):
+    for algorithm in (
+        EASGD(),
+        EASGD(3, 0.1),
+        EASGD(period=1, moving_rate=-0.9, center_rate=1.0),
+        EASGD(center_rate=0.5, order="gauss_seidel"),
+    ):
         again = eval(repr(algorithm), {"EASGD": EASGD})
-        assert (again.period, again.moving_rate, again.center_rate) == (
+        assert (again.period, again.moving_rate, again.center_rate, again.order) == (
             algorithm.period,
             algorithm.moving_rate,
             algorithm.center_rate,
+            algorithm.order,
         )
 
 
@@ -194,6 +200,24 @@ def test_state_dict_round_trip_keeps_the_rhythm():
 @pytest.mark.parametrize("at", [3, 4, 5])
 def test_it_goes_on_from_its_state_to_the_last_bit(at, order):
     assert torch.equal(*interrupted(lambda: EASGD(3, 0.2, order=order), at))
+
+
+@pytest.mark.parametrize("orders", [("jacobi", "gauss_seidel"), ("gauss_seidel", "jacobi")])
+def test_the_order_may_be_another_at_a_restart(orders):
+    """The clock is kept, and nothing of the other order: the first step reads the center as it is."""
+    before, after, fresh = (EASGD(3, 0.2, order=order) for order in (*orders, orders[1]))
+    (replica,) = vectors([1.0])
+    center = run_synchronous([before], [replica], quadratic_steps([replica], 0.1), 3)
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict() == {"clock": 3}
+    fresh.clock = 3
+    ends = []
+    for algorithm in (after, fresh):
+        (x,) = vectors([float(replica.read())])
+        own = SynchronousCenter(center.value, 1)
+        run_synchronous([algorithm], [x], quadratic_steps([x], 0.1), 4, center=own, start=False)
+        ends.append((x.read(), own.value))
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copy", "pickle"])

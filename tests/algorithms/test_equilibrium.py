@@ -52,8 +52,11 @@ def test_it_triggers_at_the_step_of_the_closed_form(curvature, moving_rate, marg
 
 
 def test_the_period_counts_from_the_early_exchange():
-    """A margin that only the first step of all meets."""
-    algorithm = EASGD(4, 0.1, early_exchange=True, margin=NEVER)
+    """A margin, here the optimizer's learning rate, that one step meets."""
+    parameter = torch.nn.Parameter(torch.ones(1, dtype=F64))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    algorithm = EASGD(4, 0.1, early_exchange=True)
+    algorithm.bind(optimizer, [parameter])
     (replica,) = vectors([1.0])
     center = AsynchronousCenter(replica.read(), 1)
     (update,) = quadratic_steps([replica], 0.1)
@@ -62,7 +65,7 @@ def test_the_period_counts_from_the_early_exchange():
     for step in range(14):
         if algorithm.is_due:
             due.append(step)
-        algorithm._equilibrium.margin = math.inf if step == 5 else NEVER
+        optimizer.param_groups[0]["lr"] = math.inf if step == 5 else NEVER
         algorithm.step(replica, center.handles[0], update)
     assert due == [0, 4, 6, 10]
 

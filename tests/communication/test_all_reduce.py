@@ -18,6 +18,7 @@ from lightning_easgd.communication._c10d import Group, Store, new_group
 from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.flatten import ParameterVector
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
+from tests import centers
 from tests.helpers import SOON_S, TIMEOUT, peak_bytes, run_replicas, run_threads, shorten
 
 
@@ -70,8 +71,9 @@ def open_center(
     timeout: timedelta = TIMEOUT,
     shared_memory: bool = True,
 ) -> OpenCenter:
-    return AllReduce(shared_memory=shared_memory).open(
-        initial, replica=replica, num_replicas=num_replicas, rule=rule or Addition(), store=store, timeout=timeout
+    transport = AllReduce(shared_memory=shared_memory)
+    return centers.open_center(
+        transport, replica, store, num_replicas, initial=initial, rule=rule, timeout=timeout, num_slots=0
     )
 
 

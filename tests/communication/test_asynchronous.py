@@ -12,20 +12,9 @@ from lightning_easgd.communication import Transport, TransportError, asynchronou
 from lightning_easgd.communication.asynchronous import Asynchronous
 from lightning_easgd.communication.parameter_server import ParameterServer
 from lightning_easgd.communication.shared_memory import SharedCenter, SharedMemory
-from lightning_easgd.rules import Addition
-from tests.helpers import COMMAND_S, TIMEOUT, run_threads
+from tests.centers import meet, open_center
+from tests.helpers import COMMAND_S, run_threads
 from tests.network import TwoHosts, two_hosts, why_not
-
-
-def open_center(transport, replica, store, num_replicas=2, size=5, timeout=TIMEOUT):
-    return transport.open(
-        torch.arange(float(size)),
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=Addition(),
-        store=store,
-        timeout=timeout,
-    )
 
 
 def test_replicas_on_one_host_share_memory(monkeypatch):
@@ -117,8 +106,7 @@ def converse(replica, store, wire, numel, exchanges):
             center.exchange(torch.zeros(numel), lambda x, c: x.fill_(1.0)).wait()
             longest = max(longest, time.perf_counter() - began)
         center.drain()
-        store.set(f"done/{replica}", "")
-        store.wait([f"done/{r}" for r in range(4)], TIMEOUT)
+        meet(store, "done", 4)
         value = center.pull().value
         off = float((value - torch.arange(float(numel)) - 4 * exchanges).abs().max())
         return {

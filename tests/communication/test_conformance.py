@@ -17,49 +17,18 @@ from lightning_easgd.algorithms import Snapshot
 from lightning_easgd.communication import (
     AllReduce,
     NonFiniteDeltaError,
-    OpenCenter,
     ParameterServer,
     Transport,
     TransportError,
 )
 from lightning_easgd.communication.shared_memory import SharedMemory
 from lightning_easgd.rules import Addition, CenterRule, OuterOptimizer
-from tests.communication.test_parameter_server import Apart, InPairs
+from tests.centers import Apart, InPairs, meet, open_center
 from tests.helpers import SOON_S, TIMEOUT, Replicas, run_replicas, run_threads, shorten
 
 TRANSPORTS = [AllReduce(), AllReduce(shared_memory=False), SharedMemory(), Apart(), InPairs()]
 
 pytestmark = pytest.mark.parametrize("transport", TRANSPORTS, ids=repr)
-
-
-def open_center(
-    transport: Transport,
-    replica: int,
-    store: dist.Store,
-    *,
-    size: int = 5,
-    num_replicas: int = 2,
-    rule: CenterRule | None = None,
-    timeout: timedelta = TIMEOUT,
-    dtype: torch.dtype = torch.float32,
-    num_slots: int = 2,
-) -> OpenCenter:
-    return transport.open(
-        torch.arange(size, dtype=dtype) + 10 * replica,
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=rule or Addition(),
-        store=store,
-        timeout=timeout,
-        num_slots=num_slots,
-    )
-
-
-def meet(store: dist.Store, name: str, num_replicas: int = 2) -> None:
-    """Returns when all replicas have come here."""
-    if store.add(f"{name}/came", 1) == num_replicas:
-        store.set(f"{name}/all", "")
-    store.wait([f"{name}/all"], TIMEOUT)
 
 
 def copy(snapshot: Snapshot) -> Snapshot:

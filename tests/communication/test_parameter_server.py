@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from lightning_easgd.center import main
-from lightning_easgd.communication import NonFiniteDeltaError, OpenCenter, TransportError
+from lightning_easgd.communication import NonFiniteDeltaError, TransportError
 from lightning_easgd.communication._host import host_identity
 from lightning_easgd.communication._session import Terms
 from lightning_easgd.communication.parameter_server import ParameterServer, decode_rule, encode_rule
-from lightning_easgd.rules import Addition, CenterRule, MomentumCenter, OuterOptimizer, StalenessWeight
+from lightning_easgd.rules import Addition, MomentumCenter, OuterOptimizer, StalenessWeight
+from tests.centers import Apart, InPairs, meet, open_center
 from tests.helpers import (
     COMMAND_S,
     SOON_S,
@@ -35,55 +36,12 @@ from tests.helpers import (
     shorten,
 )
 
-
-class Apart(ParameterServer):
-    """Every replica counts as one on a host of its own."""
-
-    def _host(self, replica: int) -> str:
-        return f"host {replica}"
-
-
-class InPairs(ParameterServer):
-    """Replicas 0 and 1 share a host, 2 and 3 another one, and so on."""
-
-    def _host(self, replica: int) -> str:
-        return f"host {replica // 2}"
-
-
 SHAPES = [Apart(), Apart(num_shards=2), InPairs(), InPairs(num_shards=2), Apart(wire="bfloat16")]
-
-
-def open_center(
-    transport: ParameterServer,
-    replica: int,
-    store: dist.Store,
-    num_replicas: int,
-    *,
-    size: int = 5,
-    rule: CenterRule | None = None,
-    timeout: timedelta = TIMEOUT,
-    dtype: torch.dtype = torch.float32,
-    num_slots: int = 2,
-) -> OpenCenter:
-    return transport.open(
-        torch.arange(size, dtype=dtype) + 10 * replica,
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=rule or Addition(),
-        store=store,
-        timeout=timeout,
-        num_slots=num_slots,
-    )
 
 
 def add_(x: torch.Tensor, center: torch.Tensor) -> None:
     """A delta of one: whatever x holds, it is replaced."""
     x.copy_(torch.ones_like(center))
-
-
-def meet(store: dist.Store, name: str, replica: int, num_replicas: int) -> None:
-    store.set(f"{name}/{replica}", "")
-    store.wait([f"{name}/{r}" for r in range(num_replicas)], TIMEOUT)
 
 
 each_shape = pytest.mark.parametrize("transport", SHAPES, ids=repr)
@@ -99,7 +57,7 @@ def test_the_center_is_its_start_and_all_deltas(transport):
                 else:
                     center.push(torch.ones(1001), read_at=center.pull().clock)
             center.drain()
-            meet(store, "done", replica, 4)
+            meet(store, "done", 4)
             return center.pull().value.clone(), center.clock, center.traffic.exchanges
 
     for value, clock, exchanges in run_threads(body, 4):
@@ -117,7 +75,7 @@ def _exchange_500_times(replica: int, path: str) -> tuple[torch.Tensor, torch.Te
             x = torch.rand(10_000, generator=generator)
             added += center.exchange(x, lambda x, c: x.sub_(c, alpha=1e-3).mul_(0.1)).wait()
         center.drain()
-        meet(store, "done", replica, 4)
+        meet(store, "done", 4)
         return center.pull().value.clone(), added, center.clock
 
 
@@ -139,7 +97,7 @@ def test_slots_travel_exactly(transport):
             center.announcement[0] = replica * number
             center.abstain()
             center.drain()
-            meet(store, "announced", replica, 3)
+            meet(store, "announced", 3)
             center.pull()
             return center.announced.clone(), center.traffic.exchanges
 
@@ -153,13 +111,13 @@ def test_the_staleness_of_a_delta_is_known_where_it_is_added(late):
     def body(replica, store):
         with open_center(Apart(num_shards=1), replica, store, 2, rule=StalenessWeight()) as center:
             read_at = center.pull().clock
-            meet(store, "read", replica, 2)
+            meet(store, "read", 2)
             if replica == late:
                 store.wait(["added"], TIMEOUT)
             center.push(torch.ones(5), read_at=read_at)
             center.drain()
             store.set("added", "")
-            meet(store, "both", replica, 2)
+            meet(store, "both", 2)
             return center.pull().value.clone(), center.traffic.staleness
 
     results = run_threads(body, 2)
@@ -208,7 +166,7 @@ def test_an_exchange_that_is_not_finite_adds_to_no_shard(transport):
                     pending.wait()
                 center.push(torch.ones(6), read_at=center.pull().clock)  # the center is as usable as before
                 center.drain()
-            meet(store, "refused", replica, 2)
+            meet(store, "refused", 2)
             return center.pull().value.clone(), center.clock
 
     for value, clock in run_threads(body, 2):
@@ -293,7 +251,7 @@ def test_drift_is_what_the_others_added_meanwhile():
     def body(replica, store):
         with open_center(Apart(), replica, store, 2, size=4) as center:
             read_at = center.pull().clock
-            meet(store, "read", replica, 2)
+            meet(store, "read", 2)
             if replica == 0:
                 center.push(torch.full((4,), 3.0), read_at=read_at)
                 store.set("moved", "")
@@ -318,7 +276,7 @@ def test_bytes_are_counted_where_they_are_sent():
                 for _ in range(10):
                     center.push(torch.ones(1000), read_at=center.pull().clock)
                 center.drain()
-            meet(store, "sent", replica, 2)
+            meet(store, "sent", 2)
             center.pull()
             return center.traffic.bytes_sent
 
@@ -341,7 +299,7 @@ def test_the_center_comes_back_from_its_state(transport):
 
         def finish(center, name):
             center.drain()
-            meet(store, name, replica, 3)
+            meet(store, name, 3)
             return center.pull().value.clone(), center.clock
 
         stores = [dist.PrefixStore(name, store) for name in ("first", "second")]
@@ -351,13 +309,13 @@ def test_the_center_comes_back_from_its_state(transport):
             value, clock = finish(center, "three")
             state = center.state_dict()
             assert clock == state["clock"] == 3
-            meet(store, "saved", replica, 3)
+            meet(store, "saved", 3)
             run(center, 2)
             expected = finish(center, "five")
         with open_center(transport, replica, stores[1], 3, size=9, rule=MomentumCenter(momentum=0.5)) as center:
             center.load_state_dict(state, value if replica == 0 else torch.full((9,), 99.0))
             assert torch.equal(center.value, value)
-            meet(store, "loaded", replica, 3)
+            meet(store, "loaded", 3)
             run(center, 2)
             return expected, finish(center, "five again")
 
@@ -382,7 +340,7 @@ def test_no_rounding_error_of_a_delta_is_lost():
                     total += delta
                     center.push(delta, read_at=center.clock)
                 center.drain()
-            meet(store, "pushed", replica, 2)
+            meet(store, "pushed", 2)
             return center.pull().value.double() - torch.arange(500.0), total, center.traffic.bytes_sent
 
     (gained, _, _), (_, total, sent) = run_threads(body, 2)
@@ -405,11 +363,11 @@ def test_a_client_gets_the_center_to_the_last_bit_after_a_few_pulls():
                 if replica == 0:
                     center.push(torch.randn(100, generator=generator), read_at=center.pull().clock)
                     store.set(f"center/{n}", repr(center.pull().value.tolist()))
-                meet(store, f"moved/{n}", replica, 2)
+                meet(store, f"moved/{n}", 2)
                 if replica == 1:
                     seen, real = center.pull().value, torch.tensor(eval(store.get(f"center/{n}")))
                     errors.append(float((seen - real).abs().max()))
-                meet(store, f"seen/{n}", replica, 2)
+                meet(store, f"seen/{n}", 2)
             if replica == 1:
                 for _ in range(4):
                     center.pull()
@@ -427,7 +385,7 @@ def test_what_bfloat16_cannot_hold_follows_later():
                 center.push(torch.full((5,), 4e38, dtype=torch.float64), read_at=0)
                 center.push(torch.zeros(5, dtype=torch.float64), read_at=0)
                 center.drain()
-            meet(store, "pushed", replica, 2)
+            meet(store, "pushed", 2)
             return center.pull().value.clone()
 
     value = run_threads(body, 2)[0]
@@ -442,7 +400,7 @@ def _exchange_until_one_is_lost(replica: int, path: str) -> tuple[list[int], int
     center = open_center(Apart(), replica, store, 3)
     center.push(torch.ones(5), read_at=center.pull().clock)
     center.drain()
-    meet(store, "pushed", replica, 3)
+    meet(store, "pushed", 3)
     if replica == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     deadline = time.monotonic() + TIMEOUT.total_seconds()
@@ -453,7 +411,7 @@ def _exchange_until_one_is_lost(replica: int, path: str) -> tuple[list[int], int
             pushed += 1
         center.push(torch.ones(5), read_at=center.pull().clock)  # the others go on
         center.drain()
-        meet(store, "over", replica, 2)
+        meet(store, "over", 2)
         value, lost = center.pull().value.clone(), center.lost()
         store.set(f"pushed by {replica}", str(pushed + 1))
         total = sum(int(store.get(f"pushed by {r}")) for r in range(2))
@@ -470,7 +428,7 @@ def test_a_killed_client_is_lost_and_the_others_go_on(tmp_path):
 def _lose_the_server(replica: int, path: str) -> None:
     store = dist.FileStore(path, 3)
     center = open_center(Apart(), replica, store, 3)
-    meet(store, "opened", replica, 3)
+    meet(store, "opened", 3)
     if replica == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     with center:
@@ -677,11 +635,11 @@ def _use_a_standalone_server(replica: int, address: str, path: str) -> tuple[tor
             ParameterServer(address=address), replica, dist.PrefixStore(str(n), store), 2, size=size, rule=rule
         )
         with center:
-            meet(store, f"opened/{n}", replica, 2)
+            meet(store, f"opened/{n}", 2)
             for _ in range(10):
                 center.push(torch.ones(size), read_at=center.pull().clock)
             center.drain()
-            meet(store, f"done/{n}", replica, 2)
+            meet(store, f"done/{n}", 2)
             values.append(center.pull().value.clone())
             if n == 0:
                 state = center.state_dict()

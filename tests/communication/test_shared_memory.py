@@ -15,6 +15,7 @@ from lightning_easgd.communication import NonFiniteDeltaError, TransportError, _
 from lightning_easgd.communication._mapping import FREE_LOCK
 from lightning_easgd.communication.shared_memory import SharedCenter, SharedMemory
 from lightning_easgd.rules import Addition, CenterRule
+from tests import centers
 from tests.helpers import SOON_S, TIMEOUT, Replicas, run_replicas, run_threads
 
 CHUNK = 64  # numbers
@@ -42,12 +43,13 @@ def open_center(
     timeout: timedelta = TIMEOUT,
     num_slots: int = 0,
 ) -> SharedCenter:
-    return transport.open(
-        torch.zeros(20 * CHUNK) if initial is None else initial,
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=rule or Addition(),
-        store=store,
+    return centers.open_center(
+        transport,
+        replica,
+        store,
+        num_replicas,
+        initial=torch.zeros(20 * CHUNK) if initial is None else initial,
+        rule=rule,
         timeout=timeout,
         num_slots=num_slots,
     )
@@ -92,14 +94,10 @@ def _load(replica: int, path: str, num_exchanges: int) -> tuple[torch.Tensor, in
 
                 center.exchange(x, move).wait()
             total += amount
-        if store.add("finished", 1) == 8:
-            store.set("all finished", "")
-        store.wait(["all finished"], 2 * TIMEOUT)
+        centers.meet(store, "finished", 8, 2 * TIMEOUT)
         snapshot = center.pull()
         result = snapshot.value.clone(), snapshot.clock, total
-        if store.add("read", 1) == 8:
-            store.set("all read", "")
-        store.wait(["all read"], TIMEOUT)
+        centers.meet(store, "read", 8)
     return result
 
 
@@ -136,9 +134,7 @@ def _victim_and_others(replica: int, path: str) -> None:
     store.set(f"exchanges/{replica}", str(n))
     others = int(store.get("exchanges/0")) + int(store.get("exchanges/1"))
     value, lost = center.pull().value - others, center.lost()
-    if store.add("read", 1) == 2:
-        store.set("all read", "")
-    store.wait(["all read"], TIMEOUT)
+    centers.meet(store, "read")
     center.close()
     torch.save((value, lost, folder), f"{path}-{replica}.pt")
 

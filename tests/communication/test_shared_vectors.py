@@ -13,20 +13,15 @@ import torch
 from lightning_easgd.communication import AllReduce, TransportError, _shared_vectors
 from lightning_easgd.communication._shared_vectors import SharedVectors
 from lightning_easgd.rules import Addition, CenterRule, OuterOptimizer
+from tests import centers
 from tests.helpers import TIMEOUT, run_replicas, run_threads
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 
 
 def open_center(replica, store, numel, *, num_replicas=2, rule: CenterRule | None = None, dtype=torch.float32):
-    return AllReduce().open(
-        torch.zeros(numel, dtype=dtype),
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=rule or Addition(),
-        store=store,
-        timeout=TIMEOUT,
-    )
+    initial = torch.zeros(numel, dtype=dtype)
+    return centers.open_center(AllReduce(), replica, store, num_replicas, initial=initial, rule=rule, num_slots=0)
 
 
 def open_vectors(replica, store, numel=5, num_replicas=2):

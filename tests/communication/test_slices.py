@@ -16,7 +16,8 @@ from lightning_easgd.communication._c10d import Group, PrefixStore, new_group
 from lightning_easgd.communication._slices import SlicedCenter, open_sliced
 from lightning_easgd.communication.shared_memory import SharedCenter, SharedMemory
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
-from tests.communication.test_parameter_server import Apart
+from tests import centers
+from tests.centers import Apart, meet
 from tests.helpers import SOON_S, TIMEOUT, run_threads, shorten
 
 NUM_SLOTS = 2
@@ -42,12 +43,13 @@ def open_center(
     replica, member = divmod(rank, replica_size)
 
     def open_slice(initial: torch.Tensor) -> OpenCenter:
-        return (transport or AllReduce()).open(
-            initial,
-            replica=replica,
-            num_replicas=num_replicas,
-            rule=rule or Addition(),
-            store=PrefixStore(f"slice/{member}", store),
+        return centers.open_center(
+            transport or AllReduce(),
+            replica,
+            PrefixStore(f"slice/{member}", store),
+            num_replicas,
+            initial=initial,
+            rule=rule,
             timeout=timeout,
             num_slots=NUM_SLOTS,
         )
@@ -65,32 +67,6 @@ def open_center(
 def members(rank: int, store: dist.Store, replica_size: int, timeout: timedelta = TIMEOUT) -> Group:
     replica, member = divmod(rank, replica_size)
     return new_group(PrefixStore(f"members/{replica}", store), member, replica_size, torch.device("cpu"), timeout)
-
-
-def open_plain(
-    replica: int,
-    store: dist.Store,
-    num_replicas: int,
-    size: int,
-    rule: CenterRule,
-    transport: Transport | None = None,
-) -> OpenCenter:
-    return (transport or AllReduce()).open(
-        torch.arange(float(size)) + 10 * replica,
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=rule,
-        store=store,
-        timeout=TIMEOUT,
-        num_slots=NUM_SLOTS,
-    )
-
-
-def meet(store: dist.Store, name: str, num_ranks: int = 4) -> None:
-    """Returns when all ranks have come here."""
-    if store.add(f"{name}/came", 1) == num_ranks:
-        store.set(f"{name}/all", "")
-    store.wait([f"{name}/all"], TIMEOUT)
 
 
 def pull_towards_(x: torch.Tensor, center: torch.Tensor) -> None:
@@ -133,7 +109,9 @@ def test_it_is_the_center_of_as_many_replicas_of_one_rank(num_replicas, replica_
             return train(center, replica)
 
     def plain(replica, store):
-        with open_plain(replica, store, num_replicas, size, MomentumCenter(0.9)) as center:
+        with centers.open_center(
+            AllReduce(), replica, store, num_replicas, size, rule=MomentumCenter(0.9), num_slots=NUM_SLOTS
+        ) as center:
             return train(center, replica)
 
     expected = run_threads(plain, num_replicas)
@@ -155,7 +133,7 @@ def test_each_number_crosses_between_replicas_once():
             return center.traffic.bytes_sent
 
     def plain(replica, store):
-        with open_plain(replica, store, 2, 1001, Addition(), sockets) as center:
+        with centers.open_center(sockets, replica, store, size=1001, num_slots=NUM_SLOTS) as center:
             train(center, replica)
             return center.traffic.bytes_sent
 
@@ -215,18 +193,18 @@ def test_a_restored_center_goes_on_as_if_it_had_never_stopped(transport):
         def push(center, name):
             center.push(torch.full((7,), 4.0), read_at=center.pull().clock)
             center.drain()
-            meet(store, name)
+            meet(store, name, 4)
             return center.pull().value.clone()
 
         with open_center(rank, PrefixStore("0", store), transport=transport, rule=MomentumCenter(0.5)) as center:
             push(center, "first")
             state, value = center.state_dict(), center.value.clone()
-            meet(store, "saved")
+            meet(store, "saved", 4)
             expected = push(center, "second")
         with open_center(rank, PrefixStore("1", store), transport=transport, rule=MomentumCenter(0.5)) as center:
             center.load_state_dict(state, value)
             restored = center.value.clone(), center.clock, center.traffic.exchanges
-            meet(store, "restored")
+            meet(store, "restored", 4)
             return value, restored, expected, push(center, "third"), center.traffic.exchanges
 
     for value, restored, expected, found, exchanges in run_threads(body, 4):
@@ -257,7 +235,7 @@ def test_asynchronous_slices_lose_nothing_and_the_members_read_the_same(transpor
                     added += x
                 read.append(center.announced.clone())
             center.drain()
-            meet(store, "done")
+            meet(store, "done", 4)
             value = center.pull().value.clone()
             return read, added, value, center.clock, center.announced.clone(), center.traffic.exchanges
 
@@ -314,7 +292,7 @@ def test_drift_is_measured_on_request():
         replica = rank // 2
         with open_center(rank, store, size=8, transport=SharedMemory()) as center:
             read_at = center.pull().clock
-            meet(store, "read")
+            meet(store, "read", 4)
             if replica == 1:
                 center.push(torch.full((8,), 3.0), read_at=read_at)
                 store.set(f"pushed/{rank}", "")
@@ -347,7 +325,7 @@ def test_all_members_refuse_a_delta_that_is_not_finite(transport, by_exchange):
             else:
                 center.push(delta, read_at=read_at)
             center.drain()
-            meet(store, "pushed")
+            meet(store, "pushed", 4)
             return center.pull().value.clone()
 
     for value in run_threads(body, 4):
@@ -460,7 +438,7 @@ def test_a_closed_center_says_so(transport):
         center = open_center(rank, store, transport=transport)
         center.push(torch.ones(7), read_at=center.pull().clock)
         center.drain()
-        meet(store, "pushed")
+        meet(store, "pushed", 4)
         center.close()
         center.close()
         assert center.value.numel() == 0

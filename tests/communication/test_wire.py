@@ -10,6 +10,7 @@ from lightning_easgd.communication import AllReduce, NonFiniteDeltaError, OpenCe
 from lightning_easgd.communication._wire import Layout, codec_of
 from lightning_easgd.communication.all_reduce import _replicated_center
 from lightning_easgd.rules import Addition, CenterRule, MomentumCenter
+from tests import centers
 from tests.helpers import TIMEOUT, run_threads
 
 ROUNDING = ["bfloat16", "int8"]
@@ -26,15 +27,8 @@ def open_center(
     dtype: torch.dtype = torch.float32,
     rule: CenterRule | None = None,
 ) -> OpenCenter:
-    return AllReduce(wire=wire).open(
-        torch.linspace(-1, 1, size, dtype=dtype),
-        replica=replica,
-        num_replicas=num_replicas,
-        rule=rule or Addition(),
-        store=store,
-        timeout=TIMEOUT,
-        num_slots=2,
-    )
+    initial = torch.linspace(-1, 1, size, dtype=dtype)
+    return centers.open_center(AllReduce(wire=wire), replica, store, num_replicas, initial=initial, rule=rule)
 
 
 def kept(center: OpenCenter) -> dict[str, torch.Tensor]:

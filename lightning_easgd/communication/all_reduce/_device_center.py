@@ -190,7 +190,7 @@ class DeviceCenter(ReplicatedCenter):
             return
         if launch.is_lent:  # its holder keeps the vector: the center takes another
             launch.is_lent = False
-            self._other = self._new_vector()
+            self._other = self.new_vector()
         lanes, chunks = self._ready_lanes(), self._layout.chunks
         if launch.delta is None:
             with self._failing():

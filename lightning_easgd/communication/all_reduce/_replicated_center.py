@@ -241,10 +241,10 @@ class ReplicatedCenter(OpenCenter):
     def _message(self) -> Tensor:
         if self._other is None:
             with torch.inference_mode(False):  # the thread, which writes it, is outside of the caller's mode
-                self._other = self._new_vector()
+                self._other = self.new_vector()
         return self._other
 
-    def _new_vector(self) -> Tensor:
+    def new_vector(self) -> Tensor:
         return torch.empty_like(self._value)
 
     def push(self, delta: Tensor, *, read_at: int) -> None:

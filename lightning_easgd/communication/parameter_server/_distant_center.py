@@ -94,7 +94,7 @@ class DistantCenter(OpenCenter):
         self._begin_operation()
         return super().borrow() if self._rounds or self._value.is_cuda else self._outgoing()
 
-    def _new_vector(self) -> Tensor:
+    def new_vector(self) -> Tensor:
         return torch.empty_like(self._value)
 
     def _outgoing(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The equilibrium of elastic averaging: when a replica gains no more by going on alone.
+"""Elastic averaging that exchanges early: where a replica gains no more by going on alone.
 
 Joeri Hermans, "On scalable deep learning and parallelizing gradient descent", thesis (Maastricht and CERN, 2017): a
 replica's work is useful while its gradient pulls it further than the elastic force will pull it back. It exchanges
@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.interfaces import Replica
+from lightning_easgd.algorithms._elastic import ElasticLoop, ElasticRates, displacement_
+from lightning_easgd.algorithms._state import restored, saved
+from lightning_easgd.interfaces import Center, Replica
 
-__all__ = ["Equilibrium"]
+__all__ = ["EarlyExchange", "Equilibrium"]
 
 
 class Equilibrium:
@@ -112,8 +114,77 @@ class Equilibrium:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the center that was read."""
-        return {"anchor": None if self._anchor is None else self._anchor.to("cpu", copy=True)}
+        return {"anchor": saved(self._anchor)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        self._anchor = None if state["anchor"] is None else state["anchor"].clone()
+        self._anchor = restored(state["anchor"])
+
+
+class EarlyExchange(ElasticLoop):
+    """The loop of ``easgd`` with that trigger: ``EASGD(early_exchange=True)``. Each replica decides by itself.
+
+    An exchange is the paper's, eqs. 5 and 6. The next is due a period after it, or in the step after one in which the
+    condition holds. Memory: the message, and the two vectors of ``Equilibrium``.
+
+    Args:
+        period: tau, optimizer steps from one exchange to the next at most.
+        margin: of the condition; see ``Equilibrium``.
+    """
+
+    asynchronous_only = True
+    separable = False  # the condition is on a distance of the whole
+
+    def __init__(self, period: int, margin: float | None = None) -> None:
+        super().__init__(period)
+        self._equilibrium = Equilibrium(margin)
+        self._due_at = 0  # the clock at which the next exchange is due
+        self._message: Tensor | None = None  # overwritten in steps that exchange nothing
+
+    def is_due(self, clock: int) -> bool:
+        """Whether the period is up at ``clock``, or the condition has held."""
+        return clock >= self._due_at
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Takes the optimizer whose learning rate is the margin where none was given; raises like ``Equilibrium``."""
+        self._equilibrium.bind(optimizer)
+
+    def start(self, clock: int) -> None:
+        """Makes an exchange due: a replica must have read a center to do without. Raises like ``Equilibrium``."""
+        self._message = None
+        self._equilibrium.start()
+        self._due_at = clock
+
+    def step(
+        self, clock: int, replica: Replica, center: Center, local_update: Callable[[], None], rates: ElasticRates
+    ) -> None:
+        """Performs one iteration. Blocks only on an exchange, for the center's last additions."""
+        alpha, _ = rates.of(center.num_replicas)
+        if self.is_due(clock):
+            self._due_at = clock + self.period
+            x = self._message = replica.read(out=self._message)  # before anything moves
+            force = center.exchange(x, displacement_, scale=rates.gain(center.num_replicas))  # c <- c + alpha (x - c)
+            self._equilibrium.around(replica, local_update, None)  # x <- x - eta g(x)
+            displacement = force.wait()
+            replica.add_(displacement, alpha=-alpha)  # x <- x - alpha (x_t - c_t)
+            self._equilibrium.reads(displacement)
+            force.done()
+        else:
+            self._equilibrium.around(replica, local_update, self._message)
+        if self._equilibrium.holds(alpha):
+            self._due_at = clock + 1
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns that it is on, and its margin as it was given."""
+        return {"early_exchange": True, "margin": self._equilibrium.margin}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns when the next exchange is due, and the center that was read."""
+        return {"due_at": self._due_at, **self._equilibrium.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned; after another form's, an exchange is due."""
+        if "due_at" in state:
+            self._due_at = int(state["due_at"])
+            self._equilibrium.load_state_dict(state)
+            self._message = None if state["anchor"] is None else torch.empty_like(state["anchor"])
