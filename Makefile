@@ -6,7 +6,7 @@
 # make bench   a step's cost beside the peers: benchmarks/peers.py
 # make clean   removes caches and build outputs; the next command installs again
 #
-# Variables, e.g. `make test PYTEST_ARGS="-q tests/test_strategy.py"`:
+# Variables, e.g. `make test PYTEST_ARGS="-q tests/trainer/test_strategy.py"`:
 #   PYTHON       the interpreter that the virtual environment is made with (3.10 or newer)
 #   VENV         where the virtual environment is
 #   PYTEST_ARGS  arguments of pytest; -n is in how many processes, each of whose tests may have two or three more

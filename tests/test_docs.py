@@ -30,7 +30,7 @@ def test_every_row_of_the_compatibility_table_names_tests_that_exist():
 def test_every_case_of_the_compatibility_tests_has_its_row():
     """The other way round; that a test holds what its row says only a reader can see."""
     text = (ROOT / "docs/compatibility.md").read_text()
-    tree = ast.parse((TESTS / "test_compatibility.py").read_text())
+    tree = ast.parse((TESTS / "trainer/test_compatibility.py").read_text())
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     assert len(names) > 30
     assert [name for name in names if f"test_compatibility.py::{name}`" not in text] == []

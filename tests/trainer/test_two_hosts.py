@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import COMMAND_S, run_replicas
+from tests.helpers import COMMAND_S, ROOT, run_replicas
 from tests.network import TwoHosts, two_hosts, why_not
 
-EXAMPLE = Path(__file__).parent.parent / "examples/digits.py"
+EXAMPLE = ROOT / "examples/digits.py"
 EPOCHS = 10
 AWAY_S = 2.0
 

@@ -3,15 +3,13 @@
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from lightning_easgd.algorithms import EASGD, LocalSGD
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
