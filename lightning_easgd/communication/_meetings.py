@@ -1,16 +1,13 @@
 """Points at which replicas wait for each other although they reach them by different numbers of steps."""
 
-import time
 from collections.abc import Callable
 from datetime import timedelta
 
 from lightning_easgd.communication._c10d import Store
+from lightning_easgd.communication._roll_call import await_all
 from lightning_easgd.communication._transport import TransportError
 
 __all__ = ["Meetings"]
-
-_SHORTEST_S, _LONGEST_S = 0.001, 0.05  # between two looks at the store
-_LOOK_S = 1.0  # between two looks at what else may have happened
 
 
 class Meetings:
@@ -57,32 +54,12 @@ class Meetings:
         self.number += 1
         keys = [f"{self.number}/{replica}" for replica in range(self._num_replicas)]
         self._store.set(keys[self._replica], reason)
-        seen: object = None
-        moved = time.monotonic()
-        pause, looked = _SHORTEST_S, moved
-        while not self._store.check(keys):  # not ``wait``, whose short timeouts torch reports on stderr
-            idle()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_S)
-            if time.monotonic() - looked < _LOOK_S:
-                continue
-            looked = time.monotonic()
-            try:
-                self._check()
-            except RuntimeError:
-                if not self._store.check(keys):  # else all had come, and one has failed over what they brought
-                    raise
-                break
-            missing = [replica for replica, key in enumerate(keys) if not self._store.check([key])]
-            now = missing, self._progress()
-            if now != seen:
-                seen, moved = now, looked
-            elif missing and looked - moved > self._timeout.total_seconds():
-                raise TransportError(
-                    f"replica {self._replica} waits at {reason!r} for the replicas {missing}, which have not moved "
-                    f"for {self._timeout.total_seconds():.0f} s"
-                )
-        idle()
+        missing = await_all(self._store, keys, self._timeout, check=self._check, progress=self._progress, idle=idle)
+        if missing:
+            raise TransportError(
+                f"replica {self._replica} waits at {reason!r} for the replicas {missing}, which have not moved for "
+                f"{self._timeout.total_seconds():.0f} s"
+            )
         if self.number > 1:  # all have left the meeting before, or they would not be here
             self._store.delete_key(f"{self.number - 1}/{self._replica}")
         return [value.decode() for value in self._store.multi_get(keys)]

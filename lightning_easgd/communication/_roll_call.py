@@ -1,15 +1,74 @@
-"""Points at which all ranks of a job tell each other something, once; who does not come is named."""
+"""Points at which all ranks of a job wait for each other; a rank that does not come is named.
+
+Every wait on a store for what others put there is one loop, ``await_all``. A failure interrupts it. It goes on as long
+as somebody moves, where that can be told. It knows who is missing.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from lightning_easgd.communication._c10d import Store
 from lightning_easgd.communication._transport import TransportError
 
-__all__ = ["RollCall", "gather"]
+__all__ = ["RollCall", "await_all", "gather"]
 
 _SHORTEST_S, _LONGEST_S = 0.001, 0.05  # between two looks at the store
+_LOOK_S = 1.0  # between two looks at what else may have happened
+
+
+def await_all(
+    store: Store,
+    keys: Sequence[str],
+    timeout: timedelta,
+    *,
+    check: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
+    idle: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Waits until all keys are in a store, and returns the places of those that are not. Blocking.
+
+    Args:
+        store: where the others set them.
+        keys: one for each that is waited for.
+        timeout: how long to wait while nobody comes and ``progress`` stays the same.
+        check: called now and then; raises ``RuntimeError`` if waiting has become pointless.
+        progress: returns what changes as long as one that is still on its way moves.
+        idle: called between two looks, and once at the end.
+
+    Returns:
+        An empty list where all have come.
+
+    Raises:
+        RuntimeError: what ``check`` raises, unless all have come by then, and one has failed over what they brought.
+    """
+    keys = list(keys)
+    seen: object = None
+    moved = looked = time.monotonic()
+    pause = _SHORTEST_S
+    look_s = min(_LOOK_S, timeout.total_seconds() / 4)
+    while not store.check(keys):  # not ``wait``, whose short timeouts torch reports on stderr
+        idle()
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_S)
+        now = time.monotonic()
+        if now - looked < look_s:
+            continue
+        looked = now
+        try:
+            check()
+        except RuntimeError:
+            if not store.check(keys):
+                raise
+            break
+        missing = [place for place, key in enumerate(keys) if not store.check([key])]
+        state = missing, progress()
+        if state != seen:
+            seen, moved = state, (moved if seen is None else now)
+        if missing and now - moved > timeout.total_seconds():
+            return missing
+    idle()
+    return []
 
 
 def gather(
@@ -31,15 +90,13 @@ def gather(
     """
     keys = [f"{topic}/{r}" for r in range(num_replicas)]
     store.set(keys[replica], mine)
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [r for r, key in enumerate(keys) if not store.check([key])]
+    missing = await_all(store, keys, timeout)
+    if missing:
         raise TransportError(
             f"replica {replica} of {num_replicas} could not {purpose}: {missing} did not come within "
             f"{timeout.total_seconds():.0f} s"
-        ) from error
-    return [store.get(key).decode() for key in keys]
+        )
+    return [value.decode() for value in store.multi_get(keys)]
 
 
 class RollCall:
@@ -73,22 +130,12 @@ class RollCall:
         self._number += 1
         keys = [f"{self._number}/{rank}" for rank in range(self._world_size)]
         self._store.set(keys[self._rank], mine)
-        began, pause = time.monotonic(), _SHORTEST_S
-        while not self._store.check(keys):  # not ``wait``, which asks nobody else while it waits
-            try:
-                self._check()
-            except RuntimeError:
-                if not self._store.check(keys):  # else all had come, and one has failed over what they brought
-                    raise
-                break
-            if time.monotonic() - began > self._timeout.total_seconds():
-                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise TransportError(
-                    f"rank {self._rank} of {self._world_size}: the ranks could not {purpose}, since {missing} did not "
-                    f"come within {self._timeout.total_seconds():.0f} s"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_S)
+        missing = await_all(self._store, keys, self._timeout, check=self._check)
+        if missing:
+            raise TransportError(
+                f"rank {self._rank} of {self._world_size}: the ranks could not {purpose}, since {missing} did not come "
+                f"within {self._timeout.total_seconds():.0f} s"
+            )
         if self._number > 1:  # all have read the call before, or they would not be here
             self._store.delete_key(f"{self._number - 1}/{self._rank}")
         return [value.decode() for value in self._store.multi_get(keys)]

@@ -16,6 +16,7 @@ from lightning_easgd.communication._c10d import Store
 from lightning_easgd.communication._ferry import Ferry
 from lightning_easgd.communication._flight import Flight
 from lightning_easgd.communication._mapping import FREE_LOCK, Layout, Mapping
+from lightning_easgd.communication._roll_call import await_all
 from lightning_easgd.communication._transport import Completed, OpenCenter, Outstanding, Traffic, TransportError
 from lightning_easgd.interfaces import Exchange, Snapshot
 from lightning_easgd.rules import CenterRule
@@ -464,11 +465,10 @@ def _chunks(vector: Tensor, size: int) -> list[Tensor]:
 
 def await_keys(store: Store, keys: list[str], timeout: timedelta, failure: str) -> None:
     """Waits for keys of a store. ``TransportError``, which begins with ``failure``, if one is not set in time."""
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [key for key in keys if not store.check([key])]
-        raise TransportError(f"{failure} within {timeout.total_seconds():.0f} s (no {missing})") from error
+    if missing := await_all(store, keys, timeout):
+        raise TransportError(
+            f"{failure} within {timeout.total_seconds():.0f} s (no {[keys[place] for place in missing]})"
+        )
 
 
 def _require_posix() -> None:

@@ -6,7 +6,6 @@ again, and a replica that waits to part writes its file of a checkpoint when rep
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from lightning_easgd.communication import TransportError
 from lightning_easgd.communication._meetings import Meetings
+from lightning_easgd.communication._roll_call import await_all
 from lightning_easgd.core.company import Company
 from lightning_easgd.core.coupling import Coupling
 from lightning_easgd.core.formation import Agreement, Formation, Occasion, Phase, Stopped
@@ -24,7 +24,6 @@ __all__ = ["FreeRunning", "Requests"]
 
 # A replica that is further on waits until the others are there too; one that is behind leaves its evaluation out.
 _AHEAD = {Occasion.END_OF_EPOCH: 1, Occasion.END_OF_TRAINING: 2}
-_LOOK_S = 0.01  # between two looks at the store
 
 
 class FreeRunning(Formation):
@@ -237,20 +236,17 @@ class Requests:
 
     def _await(self, keys: Mapping[int, str], until: str) -> None:
         """Waits for what each of some ranks sets in the store, as long as they come or move."""
-        watch, limit = self._company.watch, self._company.timeout.total_seconds()
-        moved, seen = time.monotonic(), None
-        while not self._store.check(list(keys.values())):
-            watch.raise_if_failed()
-            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
-            now = missing, watch.progress_of_all()
-            if now != seen:
-                seen, moved = now, time.monotonic()
-            elif missing and time.monotonic() - moved > limit:
-                raise TransportError(
-                    f"rank {self._company.rank} waits until {until}, but {missing} did not move for {limit:.0f} s; a "
-                    "checkpoint must be saved by all or inside the training epoch"
-                )
-            time.sleep(_LOOK_S)
+        watch, timeout = self._company.watch, self._company.timeout
+        ranks = list(keys)
+        missing = await_all(
+            self._store, list(keys.values()), timeout, check=watch.raise_if_failed, progress=watch.progress_of_all
+        )
+        if missing:
+            raise TransportError(
+                f"rank {self._company.rank} waits until {until}, but {[ranks[place] for place in missing]} did not "
+                f"move for {timeout.total_seconds():.0f} s; a checkpoint must be saved by all or inside the training "
+                "epoch"
+            )
 
 
 def _format(occasion: Occasion, ends: bool) -> str:

@@ -193,7 +193,7 @@ def test_what_is_lent_stands_until_the_next_operation_and_the_center_is_read_ane
                 x.fill_(float("nan"))  # the caller's again
                 center.drain()
                 assert torch.equal(center.value, torch.full((7,), 10.0))
-            meet(store, "exchanged", replica, 2)
+            meet(store, "exchanged", 2)
             return center.pull().value.clone()
 
     for value in run_threads(body, 2):
@@ -217,7 +217,7 @@ def test_a_lent_vector_is_exchanged_like_the_callers_own(wire, scale):
                 center.pull()
                 deltas.append(torch.tensor(center.traffic.drift))
                 center.drain()
-            meet(store, "exchanged", replica, 2)
+            meet(store, "exchanged", 2)
             return [*deltas, center.pull().value.clone()]
 
     lent, own = run_threads(body, 2, True), run_threads(body, 2, False)

@@ -1,10 +1,10 @@
 """Where all replicas of a served center meet, and the center of those on the server's host."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from lightning_easgd.communication._c10d import Store
+from lightning_easgd.communication._roll_call import await_all
 from lightning_easgd.communication._session import SessionServer
 from lightning_easgd.communication._shared_center import SharedCenter
 from lightning_easgd.communication._transport import TransportError
@@ -21,7 +21,8 @@ class Assembly:
 
     def get(self, key: str) -> str:
         """Waits for a key and returns its value. ``TransportError`` if nobody sets it."""
-        self._wait("open", [key], lambda: f"there is no {key!r} in the store")
+        if await_all(self._store, [key], self._timeout):
+            raise self._alone("open", f"there is no {key!r} in the store")
         return self._store.get(key).decode()
 
     def gather(self, purpose: str, mine: str) -> list[str]:
@@ -29,21 +30,16 @@ class Assembly:
         self._number += 1
         keys = [f"assembly/{self._number}/{replica}" for replica in range(self._num_replicas)]
         self._store.set(keys[self._replica], mine)
-        self._wait(
-            purpose,
-            keys,
-            lambda: f"no sign of the replicas {[r for r, k in enumerate(keys) if not self._store.check([k])]}",
-        )
+        missing = await_all(self._store, keys, self._timeout)
+        if missing:
+            raise self._alone(purpose, f"no sign of the replicas {missing}")
         return [self._store.get(key).decode() for key in keys]
 
-    def _wait(self, purpose: str, keys: list[str], missing: Callable[[], str]) -> None:
-        try:
-            self._store.wait(keys, self._timeout)
-        except RuntimeError as error:
-            raise TransportError(
-                f"replica {self._replica} of {self._num_replicas} could not {purpose} the center: {missing()} for "
-                f"{self._timeout.total_seconds():g} s"
-            ) from error
+    def _alone(self, purpose: str, why: str) -> TransportError:
+        return TransportError(
+            f"replica {self._replica} of {self._num_replicas} could not {purpose} the center: {why} for "
+            f"{self._timeout.total_seconds():g} s"
+        )
 
 
 class AttachedCenter(SharedCenter):
