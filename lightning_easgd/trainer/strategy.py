@@ -337,10 +337,8 @@ class ElasticStrategy(_DDPStrategy):
         Collective while fitting: all ranks must enter it at the same point, and it blocks for an outstanding exchange.
         Over an asynchronous transport it is each rank's own and waits for nobody: the center as it is at the moment,
         inside an epoch with the replica's own buffers. Outside of ``fit`` the module stays as it is. In
-        ``on_train_end`` the module holds the center, and this gives the replica once more.
-
-        Raises:
-            ValueError: ``whose`` is neither.
+        ``on_train_end`` the module holds the center, and this gives the replica once more. ``ValueError`` if it is
+        neither.
         """
         check_whose(whose)
         with ExitStack() as stack:
@@ -375,14 +373,15 @@ class ElasticStrategy(_DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        return self.run.checkpoints.load(checkpoint, checkpoint_path)
+        return checkpoint if self._run is None else self._run.checkpoints.load(checkpoint, checkpoint_path)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        run = self.run
-        run.loops.couple_anew()  # a callback may have thawed parameters in on_fit_start, as far as it had got
-        super().load_optimizer_state_dict(run.checkpoints.optimizer_states(checkpoint))
-        run.checkpoints.restore()
+        if self._run is None or self._run.elastic is None:
+            return super().load_optimizer_state_dict(checkpoint)
+        self._run.loops.couple_anew()  # a callback may have thawed parameters in on_fit_start, as far as it had got
+        super().load_optimizer_state_dict(self._run.checkpoints.optimizer_states(checkpoint))
+        return self._run.checkpoints.restore()
 
     # --- what Lightning asks of all ranks ---------------------------------------------------------------------------
 
