@@ -2,21 +2,19 @@
 
 ::
 
-                         begin_epoch                    meet
-    TOGETHER ---------------------------> APART -----------------> MET
-       ^                                    |                       |  part (the next epoch, or evaluation)
-       |                                    |  meet(STOP)           |
-       +------------------------------------|-----------------------+
-                                            v
-                                         LEAVING ----- part -----> GONE
+                begin_epoch              meet                meet(STOP)            leave
+    TOGETHER ----------------> APART -----------> MET      APART --------> LEAVING ------> GONE
+       ^                                           |
+       +-------------------------------------------+
+         after_evaluation, after_epoch, after_training
 
-Replicas of a synchronous center are TOGETHER all the time (``LockStep``): their exchanges keep them at the same step.
-Those of an asynchronous one are APART within an epoch (``FreeRunning``). A process that is the whole job is ALONE
-(``Solo``).
+Replicas of a synchronous center are always TOGETHER (``LockStep``): their exchanges keep them at the same step.
+Replicas of an asynchronous center are APART within an epoch (``FreeRunning``). An evaluation within an epoch takes them
+through MET and TOGETHER back to APART. A process that is the whole job is always ALONE (``Solo``).
 
-Two requests travel between the replicas, each with an ``Agreement``: to *stop*, at once and wherever each is, since a
-process was told to go; and to *end*, in good order with the epoch, since one has seen enough. A third word, *failed*,
-belongs to the watch (``Company.watch.failure``): then there is no agreement to wait for.
+Two requests travel between the replicas, each with an ``Agreement``. *Stop* means: leave at once, wherever you are. A
+process was told to go. *End* means: finish the epoch in good order. One replica has seen enough. A third word, *failed*,
+belongs to the watch (``Company.watch.failure``): after a failure there is no agreement to wait for.
 
 ::
 
