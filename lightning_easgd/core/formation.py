@@ -13,8 +13,8 @@ Replicas of an asynchronous center are APART within an epoch (``FreeRunning``). 
 through MET and TOGETHER back to APART. A process that is the whole job is always ALONE (``Solo``).
 
 Two requests travel between the replicas, each with an ``Agreement``. *Stop* means: leave at once, wherever you are. A
-process was told to go. *End* means: finish the epoch in good order. One replica has seen enough. A third word, *failed*,
-belongs to the watch (``Company.watch.failure``): after a failure there is no agreement to wait for.
+process was told to go. *End* means: finish the epoch in good order. One replica has seen enough. A third word,
+*failed*, belongs to the watch (``Company.watch.failure``): after a failure there is no agreement to wait for.
 
 ::
 
