@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 import runpy
 import subprocess
@@ -15,8 +16,9 @@ from tests.helpers import COMMAND_S, ROOT, run_replicas
 from tests.network import TwoHosts, two_hosts, why_not
 
 EXAMPLE = ROOT / "examples/digits.py"
-EPOCHS = 10
+EPOCHS = 14
 AWAY_S = 2.0
+TEST_IMAGES = 450
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,6 +66,8 @@ def test_two_hosts_train_like_one_and_outlast_a_cut_of_the_link(tmp_path):
             time.sleep(AWAY_S)  # how long the link is away
         outputs = [process.communicate(timeout=COMMAND_S)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
-    # 450 images: a point is 4.5 of them.
     assert accuracy(outputs[0]) > 97
-    assert abs(accuracy(outputs[0]) - accuracy(one)) < 1.5
+    # The order of asynchronous exchanges is not repeated. So many images tell two runs apart only by three standard
+    # errors of the difference: 2.8 points at 98 %.
+    error = 100 * math.sqrt(2 * 0.98 * 0.02 / TEST_IMAGES)
+    assert abs(accuracy(outputs[0]) - accuracy(one)) < 3 * error
