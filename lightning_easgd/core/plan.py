@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def gate(self) -> Gate | None:
-        """Who may exchange, as the user asks for it."""
+        """Which replica may exchange, as the user asks for it; None for all."""
         return None if self.slack is None else StaleSynchronous(self.slack)
 
     def parts(

@@ -99,67 +99,67 @@ class ElasticStrategy(_DDPStrategy):
         """Creates the strategy; nothing is started before the Trainer runs.
 
         Args:
-            algorithm: the loop of one replica; each optimizer gets a copy. Default ``EASGD()``.
+            algorithm: the loop of one replica. Each optimizer gets its own copy. Default ``EASGD()``.
             transport: how a replica reaches the center. Default ``AllReduce()``.
-            replica_size: ranks of a replica, consecutive ones; it divides their number. Inside a replica gradients are
-                averaged at every step by ``DistributedDataParallel``, SyncBatchNorm and the broadcast of buffers
-                included; the exchange across replicas moves each parameter once a replica, a slice a rank. Default:
-                a node's ranks where there are several nodes, else 1; all ranks where the algorithm has one replica.
-            average: of the center over time, such as ``MovingAverage()``; each optimizer's center gets a copy. It then
-                stands for the center in evaluations, in the checkpoint's ``state_dict`` and after ``fit``; training
-                goes on from the center itself. Costs a vector of the parameters' size and a pass an exchange.
-            evaluate: whose weights validation, test and predict use while fitting: the center's, the same on all
-                ranks, or each rank's own replica.
-            on_nonfinite: what happens to a replica whose delta is not finite: ``"raise"`` ends the job and names it;
-                ``"reset"`` puts it back on the center with a fresh optimizer state and goes on.
-            center_buffers: the center's batch-norm statistics: the replicas' mean, or an estimate of their own, with
-                the center's weights, over so many training batches of each replica (>= 1). The latter makes that many
-                forward passes for each evaluation and checkpoint, calling the module on the batch, or on its first
-                element where that is a list or tuple, like ``torch.optim.swa_utils.update_bn``.
-            buffers: what the center has of each buffer, and of each parameter that no optimizer holds: a mapping of
-                names, patterns of names (``"encoder.*"``) or module types to ``"mean"``, the replicas' mean;
-                ``"replica0"``, replica 0's value; or ``"own"``, which leaves it each rank's own (a checkpoint has rank
-                0's), as does DDP's ``_ddp_params_and_buffers_to_ignore``. The first key that fits counts; a type is
-                for what its modules own directly. Without one that fits, floating statistics of batch and instance
-                norm, ranges of quantisation observers, buffers named ``running_*`` and parameters that no optimizer
-                holds (momentum encoders, target networks) are averaged, and all else (masks, queues, tables, counters,
-                unit vectors of spectral norm) is replica 0's. Integers are never averaged.
-            fragments: in how many parts of about equal size the parameters are exchanged, 1 to the period. Each is
-                exchanged once a period, at steps of its own spread evenly over it, so that what travels at a time falls
-                that many times. No parameter tensor is cut: the largest one bounds it. For ``EASGD``, ``EAMSGD`` and
-                the methods that push what a period has accumulated, whose first period is shorter for all fragments
-                but the first. Each fragment reports by itself.
-            slack: over an asynchronous transport, how many exchanges (>= 0) a replica may be ahead of the slowest
-                before it waits (stale synchronous parallel; 0 is lock-step). None: nobody ever waits.
-            layerwise: whether each layer (a module that owns parameters directly) has a center and a clock of its own,
-                of the same slack: it is updated and added in the backward pass, as soon as its gradient is there, and
-                read when the next forward pass comes to it (arXiv:1512.02728). For ``Downpour`` and its kin with
-                period 1, over an asynchronous transport, with one process a replica and an optimizer that treats
-                parameters separately. Hooks that run after the backward pass, such as ``on_before_optimizer_step``,
-                see gradients that have been used already.
-            data: who trains on what: ``"shard"``, each replica on its part of every epoch (Lightning's own sampler);
-                ``"replicate"``, each replica on the whole set, in an order of its own; a fraction in (0, 1), each
-                replica on a fixed part of that size, rounded up, the parts overlapping evenly, in an order of its own;
-                ``"dynamic"``, replicas draw batches from one shared epoch, so that a faster one does more and all end
-                it together. The ranks of a replica share its data out. Validation and test data are always sharded.
+            replica_size: how many consecutive ranks form one replica. It must divide the number of ranks. Inside a
+                replica ``DistributedDataParallel`` averages the gradients at every step, with SyncBatchNorm and its
+                broadcast of buffers. An exchange moves each parameter once per replica: each rank moves one slice.
+                Default: the ranks of one node if there are several nodes, else 1; all ranks for Entropy-SGD.
+            average: of the center over time, such as ``MovingAverage()``. Each optimizer's center gets its own copy.
+                Evaluations, the checkpoint's ``state_dict`` and the module after ``fit`` then have the average.
+                Training goes on from the center itself. Costs one vector of the parameters' size and one pass per exchange.
+            evaluate: whose weights validation, test and predict use while fitting: the center's, which are the same on
+                all ranks, or those of each rank's own replica.
+            on_nonfinite: what happens to a replica whose delta is not finite. ``"raise"`` ends the job and names the
+                replica. ``"reset"`` puts it back on the center with a fresh optimizer state, and training goes on.
+            center_buffers: the center's batch-norm statistics. ``"mean"``: the mean of the replicas' statistics. A
+                number of batches (>= 1): an estimate with the center's weights over so many training batches of each
+                replica. It makes so many forward passes before each evaluation and checkpoint. The module is called on
+                the batch, or on its first element if it is a list or tuple, as in ``torch.optim.swa_utils.update_bn``.
+            buffers: what the center has of each buffer, and of each parameter that no optimizer holds. A mapping from
+                names, patterns of names (``"encoder.*"``) or module types to a rule: ``"mean"`` is the replicas' mean,
+                ``"replica0"`` is replica 0's value, ``"own"`` leaves each rank its own (a checkpoint has rank 0's), as
+                ``_ddp_params_and_buffers_to_ignore`` does. The first key that fits counts. A type is for what its
+                modules own directly. Where no key fits, these are averaged: floating-point statistics of batch norm and
+                instance norm, ranges of quantisation observers, buffers named ``running_*``, and parameters that no
+                optimizer holds (momentum encoders, target networks). All else (masks, queues, tables, counters, unit
+                vectors of spectral norm) is replica 0's. Integers are never averaged.
+            fragments: in how many parts of about equal size the parameters are exchanged, from 1 to the period. Each
+                fragment is exchanged once per period. Their steps are spread evenly, which divides the peak traffic by
+                ``fragments``. No tensor is cut, so the largest tensor bounds the gain. Works with ``EASGD``, ``EAMSGD``
+                and the methods that push what a period has accumulated; there the first period of all fragments but the
+                first is shorter. Each fragment has its own reports.
+            slack: with an asynchronous transport, how many exchanges (>= 0) a replica may be ahead of the slowest
+                replica before it waits (stale synchronous parallel; 0 is lock-step). None: no replica ever waits.
+            layerwise: whether each layer (a module that owns parameters directly) has its own center and clock, all
+                with one slack (arXiv:1512.02728). A layer is updated and added to its center in the backward pass, as
+                soon as its gradient is there. The next forward pass reads it when it comes to it. Needs ``Downpour`` or
+                its kin with period 1, an asynchronous transport, one process per replica, and an optimizer that treats
+                parameters separately. Hooks that run after the backward pass, such as ``on_before_optimizer_step``, see
+                gradients that have been used already.
+            data: which replica trains on what. ``"shard"``: each replica on its part of every epoch (Lightning's own
+                sampler). ``"replicate"``: each replica on the whole set, in its own order. A fraction in (0, 1): each
+                replica on a fixed part of that size, rounded up, in its own order; the parts overlap evenly.
+                ``"dynamic"``: the replicas draw batches from one shared epoch; a faster replica does more, and all end
+                together. The ranks of one replica share its data. Validation and test data are always sharded.
             resume: what ``fit(ckpt_path=...)`` starts from: every replica's own state, exactly as it was, or the center
-                alone. Where the checkpoint has another number of replicas it is always the center.
-            resume_optimizer: the optimizers' state of replicas that start from the center of such a checkpoint: none,
+                alone. A checkpoint with another number of replicas always gives the center.
+            resume_optimizer: which optimizer state replicas get that start from the center of such a checkpoint: none,
                 or a copy of replica 0's.
             accelerator: as for DDPStrategy.
             parallel_devices: as for DDPStrategy.
             cluster_environment: as for DDPStrategy.
             checkpoint_io: as for DDPStrategy.
             precision_plugin: as for DDPStrategy.
-            process_group_backend: of Lightning's own process group; the exchange has one of its own.
+            process_group_backend: the backend of Lightning's process group. The exchange has its own group.
             timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
             start_method: as for DDPStrategy.
-            max_silence: how long a rank may stand still, above 0, before the job ends and names it: stopped by a
-                signal, or in one call that holds Python's lock; and how long a job that starts waits, at most
-                ``timeout``, for a rank that never comes. Default 5 minutes. A rank that has come and dies is noticed
-                by its connection within seconds, a host that vanishes within about a minute.
-            **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets where a replica has several ranks, such
-                as ``find_unused_parameters``. Without effect, and with a warning, where a replica is one rank.
+            max_silence: how long (above 0) a living rank may be stopped by a signal, or hold Python's lock in one call,
+                before the job ends and names it. Also how long a starting job waits for a rank that never comes (``timeout`` at
+                most). Default 5 minutes. The others notice a rank that dies within seconds, by its connection,
+                and a host that vanishes within about a minute.
+            **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets if a replica has several ranks, such as
+                ``find_unused_parameters``. With one rank per replica they have no effect, and a warning says so.
 
         Raises:
             TypeError: there is no such argument; names where it belongs, if anywhere.
