@@ -107,7 +107,7 @@ class ElasticStrategy(_DDPStrategy):
                 Default: the ranks of one node if there are several nodes, else 1; all ranks for Entropy-SGD.
             average: of the center over time, such as ``MovingAverage()``. Each optimizer's center gets its own copy.
                 Evaluations, the checkpoint's ``state_dict`` and the module after ``fit`` then have the average.
-                Training goes on from the center itself. Costs one vector of the parameters' size and one pass per exchange.
+                Training goes on from the center itself. Costs a vector of the parameters' size and a pass per exchange.
             evaluate: whose weights validation, test and predict use while fitting: the center's, which are the same on
                 all ranks, or those of each rank's own replica.
             on_nonfinite: what happens to a replica whose delta is not finite. ``"raise"`` ends the job and names the
@@ -155,9 +155,9 @@ class ElasticStrategy(_DDPStrategy):
             timeout: the longest wait of any communication, Lightning's and the exchange's. Default 30 minutes.
             start_method: as for DDPStrategy.
             max_silence: how long (above 0) a living rank may be stopped by a signal, or hold Python's lock in one call,
-                before the job ends and names it. Also how long a starting job waits for a rank that never comes (``timeout`` at
-                most). Default 5 minutes. The others notice a rank that dies within seconds, by its connection,
-                and a host that vanishes within about a minute.
+                before the job ends and names it. Also how long a starting job waits for a rank that never comes, but no
+                longer than ``timeout``. Default 5 minutes. The others notice a rank that dies within seconds, by its
+                connection, and a host that vanishes within about a minute.
             **kwargs: as for DDPStrategy: what ``DistributedDataParallel`` gets if a replica has several ranks, such as
                 ``find_unused_parameters``. With one rank per replica they have no effect, and a warning says so.
 
