@@ -251,6 +251,7 @@ class Rendezvous:
         looked_at = told_at = time.monotonic()
         news: dict[str, Any] = {}
         farewell: float | None = None
+        in_order = False
         try:
             while True:
                 own_failure = self._own_failure  # before listening: who was gone by then is heard of first
@@ -276,11 +277,12 @@ class Rendezvous:
                     told_at = now
                     self._tell(news)
                 if farewell is not None and self._may_leave(now - farewell):
+                    in_order = True
                     return
                 if farewell is None and self._first is not None and now - self._first_at > self._grace_s:
                     self._end_process()
         finally:
-            self._hang_up()
+            self._hang_up(in_order=in_order)
 
     def _listen(self) -> None:
         """Waits for news, ``poll`` at most, and takes in all that there are."""
@@ -324,8 +326,10 @@ class Rendezvous:
 
     def _hear(self, rank: int, peer: _Peer, message: dict[str, Any]) -> None:
         peer.heard_at = time.monotonic()
-        self.stop_requested = self.stop_requested or bool(message.get("stop"))
-        self.end_requested = self.end_requested or bool(message.get("end"))
+        if message.get("stop"):  # only ever set: the main thread may set it at the same moment
+            self.stop_requested = True
+        if message.get("end"):
+            self.end_requested = True
         peer.has_left = peer.has_left or bool(message.get("bye"))
         progress = message.get("progress", 0)
         if self.rank == 0:
@@ -401,13 +405,17 @@ class Rendezvous:
             return True
         return False
 
-    def _hang_up(self) -> None:
-        """Says goodbye, and waits until it has been heard: what a closed connection has not delivered may be lost."""
+    def _hang_up(self, *, in_order: bool) -> None:
+        """Says goodbye, and waits until it has been heard: what a closed connection has not delivered may be lost.
+
+        Args:
+            in_order: whether this process may leave. If not, the watcher has failed, and the others are to notice.
+        """
         deadline = time.monotonic() + 2
         for peer in self._peers.values():
             if peer.line is None:
                 continue
-            peer.line.tell({**self._news(), "bye": True})
+            peer.line.tell({**self._news(), "bye": in_order})
             peer.line.hang_up()
             while not peer.line.is_closed and time.monotonic() < deadline:
                 _wait_for([peer.line], 0.1)

@@ -35,7 +35,7 @@ class Company:
         self.rank = rendezvous.rank
         self._members: Members | None = None
         self._group: Group | None = None
-        self._owns_watch = False
+        self._owns_watch = self._is_open = self._is_taken = self._is_closed = False
 
     @classmethod
     def from_environment(
@@ -62,10 +62,11 @@ class Company:
         is_grouped = dist.is_available() and dist.is_initialized()
         rank = dist.get_rank() if is_grouped else int(os.environ.get("RANK", "0"))
         world_size = dist.get_world_size() if is_grouped else int(os.environ.get("WORLD_SIZE", "1"))
-        if not is_grouped and world_size > 1 and "RANK" not in os.environ:
+        absent = [name for name in ("RANK", "MASTER_PORT") if name not in os.environ]
+        if not is_grouped and world_size > 1 and absent:
             raise RuntimeError(
-                f"Company.from_environment: WORLD_SIZE is {world_size}, but there is no RANK in the environment; start "
-                "the processes with torchrun, or make torch.distributed's default group first"
+                f"Company.from_environment: WORLD_SIZE is {world_size}, but there is no {' and no '.join(absent)} in "
+                "the environment; start the processes with torchrun, or make torch.distributed's default group first"
             )
         if replica_size < 1 or world_size % replica_size:
             raise ValueError(
@@ -85,9 +86,13 @@ class Company:
         else:
             notice = Notice(host, int(os.environ["MASTER_PORT"]), rank=rank, timeout=timeout)
             rendezvous = connect(None if rank == 0 else notice.read(), arrival=timeout)
-            if rank == 0:
-                notice.post(rendezvous.port)
-            rendezvous.roll_call.gather("start together", "")
+            try:
+                if rank == 0:
+                    notice.post(rendezvous.port)
+                rendezvous.roll_call.gather("start together", "")
+            except BaseException:
+                rendezvous.close()
+                raise
         end_at_exit()
         cpu = torch.device("cpu")
         company = cls(rendezvous, Layout(world_size, replica_size), device=device or cpu, timeout=timeout)
@@ -97,7 +102,7 @@ class Company:
     @property
     def is_open(self) -> bool:
         """Whether the groups are there."""
-        return self._members is not None
+        return self._is_open
 
     @property
     def replica(self) -> int:
@@ -121,12 +126,29 @@ class Company:
         return self._group
 
     def open(self) -> None:
-        """Makes the groups. Collective and blocking."""
+        """Makes the groups. Collective and blocking.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        if self._is_closed:
+            raise ValueError("Company.open: it is closed; find the ranks anew with Company.from_environment()")
         self._members = Members(
             self.layout, self.rank, store=self.store("members"), device=self.device, timeout=self.timeout
         )
         if self.layout.world_size > 1:
             self._group = new_group(self.store("module"), self.rank, self.layout.world_size, self.device, self.timeout)
+        self._is_open = True
+
+    def take(self) -> None:
+        """Says that its stores are one ``Elastic``'s from here on.
+
+        Raises:
+            ValueError: they are another one's.
+        """
+        if self._is_taken:
+            raise ValueError("Elastic(company=...): this company is another Elastic's; each needs one of its own")
+        self._is_taken = True
 
     def close(self) -> None:
         """Gives the groups back without waiting for anybody; one that has found its ranks by itself leaves them.
@@ -136,6 +158,7 @@ class Company:
         if self._members is not None:
             self._members.close()
         self._members = self._group = None
+        self._is_open, self._is_closed = False, True
         if self._owns_watch:
             self.watch.close()
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_easgd.algorithms import Algorithm
 from lightning_easgd.core.buffers import CenterBuffers
 from lightning_easgd.core.company import Company
 from lightning_easgd.core.coupling import Coupling
-from lightning_easgd.core.formation import Formation, Occasion
+from lightning_easgd.core.formation import Agreement, Formation, Occasion, Phase, Stopped
 from lightning_easgd.core.formations import FORMATIONS
 from lightning_easgd.core.fragments import first_clock, step_fragments
 from lightning_easgd.core.layerwise import Layerwise
@@ -51,8 +50,9 @@ class Elastic:
             with replica.center():
                 evaluate(model)
 
-    Creating it is collective and blocking: the module starts with rank 0's parameters and buffers on all ranks. Closing
-    it leaves whatever the module holds. Where an error leaves the ``with`` block, all other ranks hear of it.
+    Creating it is collective and blocking. Where it opens the company, the module starts with rank 0's parameters and
+    buffers on all ranks. Closing it leaves whatever the module holds. Where an error leaves the ``with`` block, all
+    other ranks hear of it. All ranks end with the same ``center()``: a rank that leaves earlier lets the others wait.
 
     Args:
         module: this replica's, on the device where it trains.
@@ -92,16 +92,20 @@ class Elastic:
         self._cleanup = ExitStack()
         self._layerwise: Layerwise | None = None
         self._generation = 0
-        self._refuse_optimizers()
         self._company = company = Company.from_environment() if company is None else company
+        opens = not company.is_open
         try:
-            if not company.is_open:
+            self._refuse_optimizers()
+            if opens:
                 self._cleanup.callback(company.close)
                 begin_equal(module, company, self.plan.buffers)
+            company.take()
             self.weights = Weights(self.couplings, self._buffers(), reestimate)
             self._couple(wrappers)
             self.formation = self._form(serve)
-        except BaseException:
+        except BaseException as error:
+            if opens:  # else whoever has opened it tells the others
+                company.watch.report_failure(f"{type(error).__name__}: {error}")
             self.close()
             raise
 
@@ -161,7 +165,7 @@ class Elastic:
             self.couplings,
             line=self._opening.line,
             gather=weights.gather,
-            forget=weights.buffers.forget,
+            forget=weights.forget,
             serve=serve,
         )
 
@@ -174,6 +178,8 @@ class Elastic:
             RuntimeError: it is none of them.
         """
         couplings = self._by_optimizer.get(id(optimizer))
+        if not self.couplings:
+            raise RuntimeError(f"{self.plan.owner}: it is closed, or has no optimizer; make a new one")
         if couplings is None:
             raise RuntimeError(
                 f"{self.plan.owner}: this {type(optimizer).__name__} is none of the optimizers that "
@@ -200,16 +206,17 @@ class Elastic:
             wants_end: returns whether this rank is to end training; asked after the update.
 
         Returns:
-            What ``local_update`` returned.
+            What ``local_update`` returned. Look at ``is_over`` after it.
 
         Raises:
             NonFiniteDeltaError: this replica's delta is not finite, and ``on_nonfinite`` is ``"raise"``.
             RuntimeError: another process has failed.
-            Stopped: some replica was asked to stop; all have met.
             TransportError: the exchange could not be completed.
             ValueError: layers exchange in the backward pass, and ``local_update`` is None.
         """
         couplings = self.couplings_of(optimizer)
+        if self.formation.phase is Phase.TOGETHER:
+            self.formation.begin_epoch()
         recover = partial(self._recover, optimizer) if self.plan.on_nonfinite == "reset" else None
         output: T | None = None
 
@@ -258,9 +265,9 @@ class Elastic:
             coupling.add_force()
 
     @property
-    def has_force(self) -> bool:
-        """Whether the algorithm adds something to the gradients, at least in some steps."""
-        return type(self.plan.algorithm).proximal_term is not Algorithm.proximal_term
+    def is_over(self) -> bool:
+        """Whether all replicas have agreed to stop, or to end: a loop of one's own leaves its epoch then."""
+        return Agreement.AGREED in (self.formation.stop, self.formation.end)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Shows the algorithm a mini-batch's training loss, a number, where it wants to see it. Local."""
@@ -406,7 +413,8 @@ class Elastic:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None:
+        has_left_in_order = isinstance(error, Stopped) or (isinstance(error, SystemExit) and not error.code)
+        if kind is not None and not has_left_in_order:
             self._company.watch.report_failure(f"{kind.__name__}: {error}")
         self.close()
 

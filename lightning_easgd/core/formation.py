@@ -97,8 +97,10 @@ class Formation(ABC):
         phase: where this replica is.
         stop: how far a request to stop has come.
         end: how far a request to end has come.
-        leader_decides: whether replica 0 alone decides what is saved, and when: decisions by a number of steps differ
-            between replicas.
+        is_scattered: whether the replicas have agreed to stop at different points of their epochs, so that the rest of
+            this batch must start nothing collective.
+        leader_decides: whether replica 0 alone decides what is saved and when. The replicas count different numbers of
+            steps, so their own decisions would differ.
     """
 
     leader_decides: ClassVar[bool] = False
@@ -115,13 +117,14 @@ class Formation(ABC):
     ) -> None:
         self.phase = Phase.TOGETHER
         self.stop = self.end = Agreement.OPEN
+        self.is_scattered = False
         self._company, self._couplings, self._line = company, couplings, line
         self._gather, self._forget, self._serve = gather, forget, serve
 
     @classmethod
     @abstractmethod
     def fits(cls, plan: Plan, company: Company) -> bool:
-        """Returns whether replicas with this plan meet so; of the formations in ``FORMATIONS`` the first one counts."""
+        """Returns whether this formation can serve a run with this plan. ``Elastic`` takes the first that can."""
 
     # --- in an epoch ------------------------------------------------------------------------------------------------
 
@@ -167,7 +170,8 @@ class Formation(ABC):
             occasion: what comes next.
             end: whether this rank is to end training.
             last: whether this rank has made its last step, and ends training for all.
-            gather: whether what belongs to the center beside its weights is wanted too.
+            gather: whether what belongs to the center beside its weights is wanted too. Replicas that run freely
+                gather it at every meeting.
 
         Returns:
             Whether all met for this occasion. If not, some are further on, and this replica goes on without.
@@ -210,7 +214,7 @@ class Formation(ABC):
     def catch_up(self) -> None:
         """Brings this replica's view of the center up to date, as far as this formation allows.
 
-        Collective and blocking where the phase is TOGETHER; elsewhere it waits for nobody.
+        In lock-step it is collective and blocking; replicas that run freely wait for nobody.
         """
 
     def rescue(self, timeout: timedelta) -> None:

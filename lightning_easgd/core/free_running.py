@@ -110,7 +110,7 @@ class FreeRunning(Formation):
         self.phase = Phase.MET
         self._gather_all()
         if Occasion.STOP in occasions:
-            self.stop, self.phase = Agreement.AGREED, Phase.LEAVING
+            self.stop, self.phase, self.is_scattered = Agreement.AGREED, Phase.LEAVING, True
             if occasion is not Occasion.STOP:
                 raise Stopped
             return True
@@ -168,7 +168,7 @@ class FreeRunning(Formation):
         if stop in said:
             # Every replica knows it now, and meets to stop in its next step. Nobody may leave earlier: the store ends
             # with rank 0's process.
-            watch.stop_requested = True
+            watch.request_stop()
         return stop in said
 
     @override

@@ -85,7 +85,8 @@ class LockStep(Formation):
             self.stop, self._stop_asked_at = Agreement.ASKED, time.monotonic()
             for each in self._couplings:
                 each.slots.stop = True
-        if has_votes or overdue:
+        if self.stop is not Agreement.AGREED and (has_votes or overdue):
+            self.is_scattered = not has_votes
             self.meet(Occasion.STOP, gather=False)
             self.stop = Agreement.AGREED
 
@@ -119,7 +120,7 @@ class LockStep(Formation):
             try:
                 together = meets(self._company.gather("meet", occasion.value), occasion.value)
             except Stopped:
-                self.stop = Agreement.AGREED
+                self.stop, self.is_scattered = Agreement.AGREED, True
                 raise
             if together is not None:
                 break
@@ -132,7 +133,7 @@ class LockStep(Formation):
 
     @override
     def after_evaluation(self, *, end: bool) -> None:
-        # A signal has come to all by now, or to none.
+        # A signal may have reached some ranks only. So all ranks compare what they have heard.
         stop, ends = self._company.agree(self._company.watch.stop_requested, end)
         if stop:
             self.stop = Agreement.AGREED

@@ -48,6 +48,11 @@ class Weights:
         self.buffers.gather()
         self._is_new = True
 
+    def forget(self) -> None:
+        """Says that what was gathered is out of date: the replica's own stands for it until it is gathered anew."""
+        self.buffers.forget()
+        self._is_new = False
+
     @property
     def whose(self) -> Whose:
         """Whose weights the module holds now."""
@@ -62,14 +67,18 @@ class Weights:
             return
         for coupling in self._couplings:
             coupling.swap()
-        if whose == "center":
+        self.holds_center = whose == "center"
+        if self.holds_center:
             self.buffers.swap_in()
             if self._is_new and self._reestimate is not None:
-                self._reestimate(self.buffers)
+                try:
+                    self._reestimate(self.buffers)
+                except BaseException:  # the user's module runs in there
+                    self.hold("replica")
+                    raise
             self._is_new = False
         else:
             self.buffers.swap_out()
-        self.holds_center = whose == "center"
         if self._modes is not None and not self.holds_center:
             self._modes.settle()
 

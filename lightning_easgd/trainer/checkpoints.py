@@ -1,9 +1,7 @@
 """Checkpoints of a run: what is saved and when, what each replica puts beside it, and how a run goes on from it."""
 
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoints"]
 
-# How long a process that already failed waits for an outstanding exchange, to save what it has.
-_LAST_DRAIN = timedelta(seconds=15)
 _HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end", "on_exception")
 
 Replaced = list[tuple[str, list[str]]]
@@ -158,32 +154,16 @@ class Checkpoints:
         if run.elastic is None or run.elastic.weights.holds_center:
             self._center = state = state_dict()
             return state
-        with self._holding():
+        with self._run.weights_of("center"):
             state = state_dict()
             if not strategy.is_global_zero:
                 return state  # not written
             # On the CPU: with the replica's state, a device may have no room for a copy.
             return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
 
-    @contextmanager
-    def _holding(self) -> Iterator[None]:
-        run = self._run
-        elastic = run.elastic
-        if elastic is None:
-            yield
-            return
-        if not elastic.weights.holds_center:
-            if run.has_failed:
-                elastic.rescue(_LAST_DRAIN)
-            else:
-                with run.stopping.following():
-                    elastic.formation.catch_up()
-        with elastic.weights.holding("center"):
-            yield
-
     def _save_center(self, save: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """The Trainer's own, while the module holds the center. Collective like ``lightning_module_state_dict``."""
-        with self._holding():
+        with self._run.weights_of("center"):
             try:
                 save(*args, **kwargs)
             finally:
@@ -195,7 +175,7 @@ class Checkpoints:
         elastic = run.replica
         is_written_now = strategy.is_global_zero or not elastic.formation.leader_decides
         stays = elastic.weights.holds_center and is_written_now
-        with self._holding():
+        with self._run.weights_of("center"):
             checkpoint = dump(*args, **kwargs)
             # Another replica's of the weights are not written; what is put beside them is, maybe later.
             unwritten = None if strategy.is_global_zero else self._center

@@ -13,7 +13,7 @@ from lightning_easgd.trainer.arguments import for_ddp
 if TYPE_CHECKING:
     from lightning_easgd.trainer.run import Run
 
-__all__ = ["forget", "wrap", "wrap_anew"]
+__all__ = ["wrap", "wrap_anew"]
 
 
 def wrap(run: "Run", configure_ddp: Callable[[], None]) -> None:
@@ -32,8 +32,10 @@ def wrap(run: "Run", configure_ddp: Callable[[], None]) -> None:
         return
     group: Any = run.company.members.ddp_group
     strategy._ddp_kwargs["process_group"] = group
+    run.cleanup.callback(strategy._ddp_kwargs.pop, "process_group", None)
     if strategy._ddp_comm_hook is not None and strategy._ddp_comm_state is None:  # torch's hooks would take all ranks'
         strategy._ddp_comm_state = group
+        run.cleanup.callback(setattr, strategy, "_ddp_comm_state", None)
     elif getattr(strategy._ddp_comm_state, "process_group", group) is None:
         raise ValueError(
             f"EASGDStrategy(ddp_comm_state=<{type(strategy._ddp_comm_state).__name__} without process_group>): it "
@@ -50,14 +52,6 @@ def wrap_anew(run: "Run") -> None:
         with torch.enable_grad():
             strategy.model = strategy._setup_model(run.module)
         strategy._register_ddp_hooks()
-
-
-def forget(run: "Run") -> None:
-    """Takes back what ``wrap`` has put into DDPStrategy."""
-    strategy = run.strategy
-    strategy._ddp_kwargs.pop("process_group", None)
-    if isinstance(strategy._ddp_comm_state, torch.distributed.ProcessGroup):
-        strategy._ddp_comm_state = None
 
 
 def _stand_for_ddp(run: "Run") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from lightning_easgd.core.formation import Agreement, Occasion, Phase
+from lightning_easgd.core.formation import Agreement, Occasion
 from lightning_easgd.trainer import ddp
 from lightning_easgd.trainer.unchanged import UnchangedCenter
 
@@ -90,7 +90,7 @@ class Loops:
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
         stopping, replica, evaluated = self._run.stopping, self._run.replica, self._run.options.evaluate
-        if self._run.phase is Phase.LEAVING:
+        if stopping.is_leaving:
             return []
         if not stopping.meet(Occasion.EVALUATION, gather=evaluated == "center"):
             log.warning(

@@ -2,10 +2,11 @@
 
 import copy
 import itertools
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
+log = logging.getLogger(__name__)
+
+# How long a process that already failed waits for an outstanding exchange, to save what it has.
+_LAST_DRAIN = timedelta(seconds=15)
+
 
 class Run:
     """What there is of one run. Each object is there from the moment on at which Lightning has what it is made of.
@@ -50,6 +56,7 @@ class Run:
         stopping: signals, time limits, ``should_stop``.
         loops: steps, evaluations, epochs.
         elastic: this process's replica; None outside of ``fit``, and before its optimizers are there.
+        report_every: how many exchanges make a report; 0 for none.
         dynamic_data: the epochs that all replicas share, with ``data="dynamic"``.
     """
 
@@ -58,6 +65,7 @@ class Run:
         self.cleanup, self.patches = ExitStack(), Patches(version)
         self.launch, self.checkpoints = Launch(self), Checkpoints(self)
         self.stopping, self.loops = Stopping(self), Loops(self)
+        self.report_every = 0
         self.elastic: Elastic | None = None
         self.dynamic_data: DynamicData | None = None
         self._company: Company | None = None
@@ -120,6 +128,25 @@ class Run:
             return True
         return self.phase in (Phase.APART, Phase.LEAVING, Phase.GONE)
 
+    @contextmanager
+    def weights_of(self, whose: Literal["center", "replica"]) -> Iterator[None]:
+        """Makes the module hold the center or the replica within; outside of ``fit`` it stays as it is.
+
+        After a failure the center is what can be had of it without the others.
+        """
+        elastic = self.elastic
+        if elastic is None:
+            yield
+            return
+        if whose == "center" and not elastic.weights.holds_center:
+            if self.has_failed:
+                elastic.rescue(_LAST_DRAIN)
+            else:
+                with self.stopping.following():
+                    elastic.formation.catch_up()
+        with elastic.weights.holding(whose):
+            yield
+
     # --- start ------------------------------------------------------------------------------------------------------
 
     def begin(self, trainer: "Trainer") -> None:
@@ -147,7 +174,7 @@ class Run:
         """Adds an ElasticMonitor where there is none: with the strategy's name alone, a run shows its coupling."""
         callbacks = callbacks_of(self.trainer)
         if self.trainer.loggers and not any(isinstance(callback, monitor_type) for callback in callbacks):
-            monitor = monitor_type()
+            monitor = monitor_type(self.report_every or 1)
             callbacks.insert(0, monitor)  # ModelCheckpoint stays last
             monitor.setup(self.trainer, self.module, stage="fit")
 
@@ -171,12 +198,8 @@ class Run:
             if self.checkpoints.resumption.shared_epoch is not None:
                 self.dynamic_data.load_state_dict(self.checkpoints.resumption.shared_epoch, of_all=True)
 
-    def couple(self, report_every: int) -> None:
-        """Ties the optimizers to their centers, and goes into the Trainer's loops. Collective and blocking.
-
-        Args:
-            report_every: see ``Elastic.report``.
-        """
+    def couple(self) -> None:
+        """Ties the optimizers to their centers, and goes into the Trainer's loops. Collective and blocking."""
         strategy = self.strategy
         self.elastic = Elastic(
             self.module,
@@ -188,7 +211,7 @@ class Run:
             serve=self.checkpoints.serve,
         )
         self.cleanup.callback(self.elastic.close)
-        self.elastic.report(report_every)
+        self.elastic.report(self.report_every)
         self._steps = Steps(
             self.module,
             strategy.optimizers,
@@ -204,7 +227,7 @@ class Run:
         self.loops.take_over()
         callbacks, hooks = callbacks_of(self.trainer), self.strategy.hooks_type(self)
         callbacks.insert(0, hooks)
-        self.cleanup.callback(callbacks.remove, hooks)
+        self.cleanup.callback(_discard, callbacks, hooks)
         if self.dynamic_data is not None:
             self.dynamic_data.start()
 
@@ -213,6 +236,12 @@ class Run:
         """The longest wait of any communication."""
         timeout: timedelta | None = self.strategy._timeout
         return timedelta(minutes=30) if timeout is None else timeout
+
+    def report(self, every: int) -> None:
+        """Makes every coupling report each ``every``-th exchange (0: never), from the moment on when there are any."""
+        self.report_every = every
+        if self.elastic is not None:
+            self.elastic.report(every)
 
     def raise_if_failed(self) -> None:
         """Raises ``RuntimeError`` if another process failed. Local."""
@@ -243,10 +272,15 @@ class Run:
         Args:
             exception: Lightning's own after a signal is not an error.
         """
-        if self.elastic is not None:
-            self.elastic.formation.leave()  # replica 0 may have saved a checkpoint
         rendezvous = self.launch.rendezvous
-        if rendezvous is None or isinstance(exception, self.strategy.sigterm_exception):
+        if rendezvous is None:
+            return
+        if isinstance(exception, self.strategy.sigterm_exception):
+            try:
+                if self.elastic is not None:
+                    self.elastic.formation.leave()  # replica 0 may have saved a checkpoint
+            except RuntimeError as error:  # of a peer that is gone; Lightning still has to tear this process down
+                log.warning("rank %d leaves without the others: %s", rendezvous.rank, error)
             return
         own = f"{type(exception).__name__}: {exception}"
         first = rendezvous.report_failure(own)
@@ -256,10 +290,13 @@ class Run:
 
     def close(self) -> None:
         """Gives back all that was opened, and puts Lightning's own methods back. Idempotent."""
-        try:
-            self.patches.close()
-            self.cleanup.close()
-            self.launch.close()
-        finally:
-            self.elastic = self.dynamic_data = self._company = self._steps = None
-            ddp.forget(self)
+        with ExitStack() as stack:  # whatever one of them raises, the others are done
+            stack.callback(self.launch.close)
+            stack.callback(self.cleanup.close)
+            stack.callback(self.patches.close)
+        self.elastic = self.dynamic_data = self._company = self._steps = None
+
+
+def _discard(callbacks: list[Any], hooks: Any) -> None:
+    if hooks in callbacks:  # a callback may have taken it away
+        callbacks.remove(hooks)

@@ -3,14 +3,14 @@
 ::
 
     Lightning                                       the replicas (``core.formation``)
-    SIGTERM arrives                           ->    watch.request_stop: ``stop`` is ASKED everywhere
+    SIGTERM arrives                           ->    watch.request_stop; each rank looks at it after its next step
     received_sigterm, SIGTERMException        <-    ``stop`` is AGREED
     should_stop on one rank, a time limit     ->    ask_to_end: ``end`` is ASKED
     should_stop on all ranks                  <-    ``end`` is AGREED
     interrupted, on_exception                 ->    watch.report_failure
 
-A request to stop ends the run where it is: all save what they have, and Lightning raises at the end of the batch. A
-request to end lets the epoch's end, the checkpoints and the callbacks come as ever.
+A request to stop ends the run where it is: Lightning raises at the end of the batch. Callbacks that save on an
+exception save then. A request to end lets the epoch's end, the checkpoints and the callbacks come as ever.
 """
 
 import logging
@@ -85,13 +85,18 @@ class Stopping:
         """Has Lightning raise its SIGTERMException at the end of the batch."""
         self._run.trainer._signal_connector.received_sigterm = True
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether all have met to stop, each at another point of its epoch."""
+        return self._run.phase is not None and self._run.replica.formation.is_scattered
+
     def raise_if_leaving(self) -> None:
         """Raises Lightning's SIGTERMException where all have met to stop, each at another point of its epoch.
 
         Lightning raises it at the end of the batch. Until then this replica must not start anything collective (an
         exchange, the end of an epoch): the others will not take part.
         """
-        if self._run.phase is Phase.LEAVING:
+        if self.is_leaving:
             raise self._strategy.sigterm_exception()
 
     def meet(self, occasion: Occasion, *, gather: bool = True, last: bool = False) -> bool:
@@ -101,7 +106,7 @@ class Stopping:
             return self._run.replica.formation.meet(occasion, end=end, last=last, gather=gather)
 
     def end_before_minimum(self) -> None:
-        """Lets a request to stop end training here although ``min_epochs`` or ``min_steps`` is not reached.
+        """Lets a request to end take effect here although ``min_epochs`` or ``min_steps`` is not reached.
 
         With streams of different length another rank has reached it, or its last step: it ends, and is not there any
         more for what all do together.
@@ -117,12 +122,14 @@ class Stopping:
         run, strategy = self._run, self._strategy
         log.info("rank %d received signal %d", strategy.global_rank, signum)
         if run.elastic is None or run.phase is Phase.ALONE:
+            if run.elastic is not None:
+                run.elastic.formation.stop = Agreement.AGREED
             self.set_received_sigterm()
         else:
             run.company.watch.request_stop()
 
     def _check_time(self, timer: Any, *_: Any) -> None:
-        """Rank 0 decides; the others learn of it in its next exchange, at the latest when they meet."""
+        """Rank 0 decides. The others learn of it from an exchange or from the watch, at the latest at a meeting."""
         run, strategy = self._run, self._strategy
         counts = strategy.is_global_zero and timer._interval == "step" and timer._duration is not None
         if counts and timer.time_elapsed() >= timer._duration:

@@ -15,7 +15,7 @@ what is saved, and how a run goes on    ``checkpoints.Checkpoints``
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -260,6 +260,7 @@ class ElasticStrategy(_DDPStrategy):
     def setup_environment(self) -> None:
         refuse_orphan()
         self._run = Run(self, self._lightning_version)
+        self._run.report(self._report_every)
         super().setup_environment()
         self._run.launch.complete()
         may_leave()
@@ -277,7 +278,7 @@ class ElasticStrategy(_DDPStrategy):
             run.add_monitor(self._monitor_type)
         super().setup(trainer)
         if trainer.state.fn == "fit":
-            run.couple(self._report_every)
+            run.couple()
         else:
             run.stopping.take_over_signals()
 
@@ -303,9 +304,10 @@ class ElasticStrategy(_DDPStrategy):
         return output
 
     @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.run.raise_if_failed()
-        return super().validation_step(*args, **kwargs)
+    def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
+        if self._run is not None:  # with every batch of an evaluation, too
+            self._run.raise_if_failed()
+        return super().batch_to_device(*args, **kwargs)
 
     @override
     def optimizer_step(
@@ -341,10 +343,7 @@ class ElasticStrategy(_DDPStrategy):
         neither.
         """
         check_whose(whose)
-        with ExitStack() as stack:
-            if self._run is not None and self._run.elastic is not None:
-                with self._run.stopping.following():
-                    stack.enter_context(self._run.elastic.weights_of(whose))
+        with nullcontext() if self._run is None else self._run.weights_of(whose):
             yield
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -437,9 +436,10 @@ class ElasticStrategy(_DDPStrategy):
 
     def request_reports(self, every: int) -> None:
         """Makes every coupling report each ``every``-th exchange (0: never). All ranks call it alike before ``fit``."""
-        self._report_every = every
-        if self._run is not None and self._run.elastic is not None:
-            self._run.elastic.report(every)
+        if self._run is None:
+            self._report_every = every
+        else:
+            self._run.report(every)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Returns what a logger should keep of this run's strategy: plain values."""
