@@ -18,7 +18,7 @@ all n additions had been made at once and the line above n times. A synchronous 
 
 The average is kept in the center's dtype, or in float32 where that is of lower precision. In float32 a Polyak or tail
 average of millions of centers stops moving: its steps fall below what float32 resolves. ``dtype=torch.float64`` is for
-that. Memory: one vector of the center's size. No communication; whoever holds the center may call it.
+that. Memory: one vector of the center's size. No communication; every rank that holds the center may call it.
 """
 
 import math

@@ -138,9 +138,9 @@ class ReplicaSampler(Sampler[int]):
 class Draws:
     """The numbers of the batches that one replica draws from an epoch which all replicas share.
 
-    The first ``num_replicas`` numbers are reserved, one for each replica, so that none has an empty epoch; all others
-    belong to whoever asks first. Numbers grow. Not collective; a draw is one addition in the store, and blocks for that
-    round trip alone.
+    The first ``num_replicas`` numbers are reserved, one for each replica, so that no replica has an empty epoch. Each
+    other number belongs to the replica that asks first. Numbers grow. Not collective; a draw is one addition in the
+    store, and blocks for that round trip alone.
 
     Args:
         store: of this epoch alone, the same on all replicas.

@@ -1,4 +1,4 @@
-"""The loop of Parle and Entropy-SGD: local updates around a point that stands, and one step of that point a period.
+"""The loop of Parle and Entropy-SGD: local updates around a point that stands, and one step of that point per period.
 
 Of one replica, x its outer point, y the module's parameters, z their running average::
 
@@ -287,7 +287,7 @@ class LocalEntropy(Algorithm):
         del replica
 
     def _end(self, replica: Replica, center: Center) -> None:
-        """Makes the outer step and tells the center. The center is read only now: its last sum had a period's time."""
+        """Makes the outer step and tells the center. Reads the center only now: the sum had a whole period."""
         x, z, velocity, buffer = self._vectors()
         snapshot = center.pull()
         eta = self._next_rate(velocity)

@@ -122,7 +122,7 @@ class EASGD(Algorithm):
 
     @property
     def is_due(self) -> bool:
-        """Whether the next ``step`` reads the center: one a period, and with early exchange one that is early."""
+        """Whether the next ``step`` reads the center: one per period, and with early exchange also an early one."""
         return self._loop.is_due(self.clock)
 
     @property

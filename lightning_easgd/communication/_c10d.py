@@ -102,7 +102,7 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
 
 
 class _OwnGroup:
-    """A process group that ends with its last reference, or by ``close_groups``: whoever holds it then has nothing.
+    """A process group that ends with its last reference, or by ``close_groups``: its holders then have nothing.
 
     torch waits for its threads, and for what they still do, when a group is destroyed.
     """

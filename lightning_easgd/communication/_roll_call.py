@@ -1,4 +1,4 @@
-"""Points at which all ranks of a job tell each other something, once; who does not come is named."""
+"""Points at which all ranks of a job tell each other something, once; the error names every rank that does not come."""
 
 import time
 from collections.abc import Callable

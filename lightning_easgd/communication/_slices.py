@@ -3,7 +3,7 @@
 Where k ranks (the *members*) train one replica with equal parameters, each of them holds the whole delta. Instead of
 sending it k times, member j reaches the j-th of k slices of the center through an ordinary transport, with the j-th
 members of the other replicas, and what it reads is gathered inside the replica. Each number crosses between replicas
-once a replica, over k links at once. Neither the algorithm nor the transport knows of it.
+once per replica, over k links at once. Neither the algorithm nor the transport knows of it.
 """
 
 import time
@@ -404,7 +404,7 @@ class _Pending:
 
 
 class _Gather:
-    """Sends one row a member to all members: its slice, its slots, and how its operation has ended.
+    """Sends one row per member to all members: its slice, its slots, and how its operation has ended.
 
     Args:
         group: of the members.

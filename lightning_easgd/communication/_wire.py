@@ -6,9 +6,10 @@ memory that are used again for a later chunk. Two kinds:
 * ``ExactLane``: the group's own all-reduce of the center's dtype.
 * ``RoundingLane``: numbers travel rounded, but are summed in the center's dtype, and no rounding error is lost. Were
   rounded numbers summed on the way, each hop would round again, and nobody would know by how much. So each replica
-  sends what it rounds to whoever sums it, and keeps the error for its own next delta. With two replicas both sum all.
-  With more, each sums one part of the chunk, rounds the *sum*, keeps that error for the next sum of the part, and
-  sends it to all: a reduce-scatter and an all-gather, as many bytes as a ring's all-reduce of the rounded numbers.
+  sends its rounded numbers to the replica that sums them, and keeps the error for its own next delta. With two replicas
+  both sum all. With more, each sums one part of the chunk, rounds the *sum*, keeps that error for the next sum of the
+  part, and sends it to all: a reduce-scatter and an all-gather, as many bytes as a ring's all-reduce of the rounded
+  numbers.
 
 All replicas get the same sum to the last bit, on different hardware too: no operation on it is one that could be fused.
 """

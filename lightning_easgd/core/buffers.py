@@ -122,10 +122,11 @@ class CenterBuffers:
     while the center is in the module keeps what was written, as in any training; statistics that are averaged go back.
 
     Args:
-        module: whose buffers are meant, shared ones once.
+        module: the module that has the buffers; a shared buffer counts once.
         group: a process group over all ranks; None for one.
         num_ranks: its size.
-        members: one over the ranks of this replica, whose buffers are those of the first; None for one.
+        members: a process group over the ranks of this replica, which all have the buffers of the first rank; None for
+            one rank.
         rank: this one in ``group``.
         replica_size: size of ``members``.
         device: on which the groups send.
@@ -218,7 +219,7 @@ class CenterBuffers:
             warnings.warn(message, stacklevel=2)
 
     def _that_differ(self, group: Group, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Returns those whose values are not the same on all ranks: what is frozen costs no message of its size."""
+        """Returns the parameters that are not equal on all ranks: a frozen one costs no message of its size."""
         if not parameters:
             return {}
         rows = gather_numbers(group, self._num_ranks, checksums(list(parameters.values()), self._device))

@@ -91,10 +91,11 @@ class Members:
 
     @property
     def ddp_group(self) -> dist.ProcessGroup:
-        """One that ``torch.distributed`` knows, for DDP and SyncBatchNorm. The first look: collective over all ranks.
+        """A process group registered with ``torch.distributed``, for DDP and SyncBatchNorm.
 
-        Each rank makes those of all replicas, as ``torch.distributed.new_group`` wants it. Its local synchronisation
-        would name the group by its ranks alone, so that a second ``fit`` found the addresses of the first.
+        It is created on first access, which is a collective over all ranks. Each rank creates the groups of all
+        replicas, as ``torch.distributed.new_group`` requires. The local synchronisation of ``new_group`` would name a
+        group by its ranks alone, and a second ``fit`` would find the addresses of the first.
         """
         if self._ddp_group is None:
             for replica in range(self._layout.num_replicas):
@@ -108,8 +109,8 @@ class Members:
     def agree(self, *flags: bool) -> list[bool]:
         """Returns, for each flag, whether any rank of the replica has raised it, the same on all of them.
 
-        Among several ranks these are the flags of the call before: what all must hear travels beside a step's work.
-        Collective among them; every call has as many flags.
+        With several ranks the returned flags are those of the previous call, because the flags travel beside a step's
+        work. Collective over the ranks of the replica; every call must have the same number of flags.
         """
         if self._control is None:
             return list(flags)

@@ -78,7 +78,7 @@ class SynchronousCenter:
 
     Attributes:
         num_replicas: p.
-        clock: additions so far; p a round.
+        clock: additions so far; p per round.
         rule: the rule.
         handles: the center as each replica reaches it.
         pulls: how often each replica has pulled.
@@ -135,7 +135,7 @@ class SynchronousCenter:
         self._round[replica] = delta * self.rule.weight(self.clock - read_at)
         self._sent[replica] = self._next_rows[replica]
         if len(self._round) == self.num_replicas:
-            # Whoever pushed first, the sum is taken in the order of the replicas.
+            # The sum is taken in the order of the replicas, whichever replica pushed first.
             self.pushed = [self._round[i] for i in range(self.num_replicas)]
             self.rule.apply_(value, torch.stack(self.pushed).sum(0), *self._memory)
             self._version = value._version

@@ -44,7 +44,7 @@ class LockStep:
         replica: 0; to the algorithm all replicas are one.
         replicas: (p, d), moved in place.
         center: (d,), moved in place.
-        clock: additions so far; p a round.
+        clock: additions so far; p per round.
     """
 
     def __init__(

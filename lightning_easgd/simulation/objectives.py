@@ -18,7 +18,7 @@ class Objective(Protocol):
     """What the replicas descend."""
 
     def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns a stochastic gradient at ``x``, a new tensor of its shape: (d,), or (p, d), one row a replica."""
+        """Returns a stochastic gradient at ``x``, a new tensor of its shape: (d,), or (p, d), one row per replica."""
         ...
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
