@@ -1,4 +1,4 @@
-"""A center in a process of its own: ``python -m lightning_easgd.center --port 29400 --num-replicas 4``.
+"""A center in a separate process: ``python -m lightning_easgd.center --port 29400 --num-replicas 4``.
 
 None of the replicas serves then; they reach the server by ``ParameterServer(address="host:port")``, those on its host
 included. The first replica sends the center's size, dtype, slots, rule and rounding, as data: no code travels. Every

@@ -280,7 +280,7 @@ class DynamicSampler(Sampler[int]):
         if self._is_apart:
             numbers = iter(range(self._replica, self.num_batches, self._num_replicas))
         else:
-            # An iterator that was given up has drawn batches too: each has a counter of its own.
+            # An abandoned iterator has drawn batches too: each iterator has its own counter.
             store = PrefixStore(f"{self.epoch}/{self._generations[self.epoch]}", self._store)
             self._generations[self.epoch] += 1
             self._check_agreement(store, order)

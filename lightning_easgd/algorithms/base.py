@@ -1,4 +1,4 @@
-"""What an algorithm sees: one replica, one center, one local update.
+"""The interface of an algorithm, which sees one replica, one center and one local update.
 
 The center is a vector with a clock, and all that a replica may do is read it, add to it, or both as one. An algorithm
 owns the *order* of these, of the local update and of the replica's own move, and nothing else:
@@ -41,7 +41,7 @@ class Algorithm(ABC):
             length.
         needs_batches_per_epoch: whether some hyper-parameter follows it.
         synchronous_only: whether it has a meaning only where all replicas' n-th exchanges are one operation.
-        asynchronous_only: whether it has a meaning only where each replica's exchange is an operation of its own.
+        asynchronous_only: whether it has a meaning only where each replica's exchange is a separate operation.
         num_told: how many numbers each replica tells all others with an exchange; see ``Center.tell``.
         needs_loss: whether ``observe_loss`` wants to be called.
         single_replica: whether it is a method of one replica, which then is all ranks together.

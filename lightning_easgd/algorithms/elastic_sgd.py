@@ -69,7 +69,7 @@ class ElasticSGD(Algorithm):
 
     @property
     def current_coupling(self) -> float:
-        """The coupling rho as it is now."""
+        """The current coupling rho."""
         return annealed(self.coupling, self.min_coupling, scoping_in_force(self, self.scoping), self.clock)
 
     def bind(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
@@ -119,7 +119,7 @@ class ElasticSGD(Algorithm):
         self.clock += 1
 
     def hyperparameters(self, num_replicas: int) -> dict[str, Any]:
-        """Returns algorithm, period and all arguments; ``scoping`` as it is in force, None while it is not known."""
+        """Returns algorithm, period and all arguments; ``scoping`` is the one in force, None while unknown."""
         known = self.scoping is not None or self.batches_per_epoch is not None
         return {
             **super().hyperparameters(num_replicas),

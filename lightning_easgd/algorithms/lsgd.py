@@ -23,7 +23,7 @@ leader's: there where r / eta < 1/4.
 
 In a period's last step the leader pushes ``x - c``, the others zero, and each tells the mean of its training losses
 over the period; both are read in the next period's first step. So an exchange is one all-reduce, which goes on beside
-whatever lies between two steps, and after a whole number of periods the center is the leader as it is then.
+whatever lies between two steps, and after a whole number of periods the center is the leader's current parameters.
 
 Departures:
 
@@ -129,7 +129,7 @@ class LSGD(Algorithm):
         self._has_loss = True
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
-        """Performs one iteration. Blocks at the begin of a period, for the center; at its end only for the device.
+        """Performs one iteration. Blocks at the beginning of a period, for the center; at its end only for the device.
 
         Raises:
             ValueError: two periods are over, and no loss was observed.

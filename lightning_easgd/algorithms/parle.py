@@ -49,7 +49,7 @@ ElasticTarget = Literal["replicas", "averages"]
 class Parle(LocalEntropy):
     """Local entropy in each replica, and elastic coupling between them once per period (arXiv:1707.00424).
 
-    Reductions: one replica with ``coupling=inf`` is ``EntropySGD`` without noise, to the last bit; ``period=1,
+    Reductions: one replica with ``coupling=inf`` is ``EntropySGD`` without noise, bit for bit; ``period=1,
     scope=inf, averaging_decay=0, coupling=inf``, without momenta, is SGD with step eta eta'. Effective step size: mean
     type. Extra memory, in vectors of the parameters' size: the outer point, the average, the outer velocity and a
     buffer; with ``elastic_target="averages"`` two more, the mean velocity and the center that was pulled.
@@ -112,12 +112,12 @@ class Parle(LocalEntropy):
 
     @property
     def current_coupling(self) -> float:
-        """The coupling rho as it is now."""
+        """The current coupling rho."""
         return self._annealed(self.coupling, self.min_coupling)
 
     @property
     def current_stiffness(self) -> float:
-        """1 / rho as it is now; 0 without coupling."""
+        """The current 1 / rho; 0 without coupling."""
         return 1 / self.current_coupling
 
     def check(self, num_replicas: int) -> None:

@@ -1,6 +1,6 @@
 """A center's file: vectors, counters and slots that processes of one host map, and the locks that go with them.
 
-The file lies in a folder of its own. Every handle keeps a shared ``flock`` on that folder; a folder that can be locked
+The file lies in its own folder. Every handle keeps a shared ``flock`` on that folder; a folder that can be locked
 exclusively belongs to no process. The last handle that closes removes it, or the process that creates the next center.
 All locks are the kernel's, which releases the locks of a process that dies.
 """
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def start(self) -> int:
-        """Bytes before the first vector: layout, counters, what became of each replica, slots."""
+        """Bytes before the first vector: layout, counters, the fate of each replica, slots."""
         return _whole_pages(8 * (len(astuple(self)) + 2 + self.num_replicas * (1 + self.num_slots)))
 
     @property
@@ -97,7 +97,7 @@ class Mapping:
         layout: what the file holds.
         vectors: the center, then the rule's vectors, each (numel,).
         counters: (2,) int64, additions that were begun, and that were completed.
-        board: (num_replicas, num_slots) float64, what each replica announced last.
+        board: (num_replicas, num_slots) float64, each replica's last announced slots.
         is_open: whether it may be used; False after ``close``, and in a child that was forked since.
 
     Raises:

@@ -59,7 +59,7 @@ _NOTHING = torch.empty(0)
 
 @dataclass(frozen=True)
 class Terms:
-    """What both ends of every session of a center must agree on; JSON on its way through the store.
+    """The terms that both ends of every session of a center must agree on; sent as JSON through the store.
 
     Attributes:
         numel: length of the whole vector.
@@ -144,8 +144,7 @@ class Channel:
         return self.receive(vector, _EXACT)
 
     def cut(self) -> None:
-        """Ends the session: every thread that waits on it, at either end, is told so. Safe from another thread; does
-        not wait."""
+        """Ends the session: threads that wait on it, at either end, wake. Safe from another thread; does not wait."""
         # Gloo gives up a connection on which a wait has run out, and offers no other way to wake one that waits.
         with contextlib.suppress(RuntimeError):
             self._group.recv([torch.empty(1)], self._peer, _CUT).wait(timedelta(milliseconds=1))
@@ -276,7 +275,7 @@ class Session:
             self._channel.send(self._request, _HEADER, FAREWELL)
 
     def cut(self) -> None:
-        """Leaves without a word; wakes a thread that waits for the server. Does not wait."""
+        """Leaves without telling the server; wakes a thread that waits for the server. Does not wait."""
         self._channel.cut()
 
     def _expect_answer(self) -> Work | None:
@@ -308,7 +307,7 @@ class Session:
 
 
 def serve(channel: Channel, center: SharedCenter, terms: Terms, numel: int, count_sent: Callable[[int], None]) -> None:
-    """Answers one client until it closes; blocks meanwhile.
+    """Answers one client until it closes; blocks until then.
 
     Memory: a vector of the shard's length besides the handle's own copy; with the wire in bfloat16 two.
 

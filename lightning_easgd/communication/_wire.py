@@ -1,4 +1,4 @@
-"""What the numbers of an all-reduce travel as, and one chunk of it on its way.
+"""The formats in which an all-reduce sends numbers, and one chunk of an all-reduce under way.
 
 A vector is summed chunk by chunk, a few of them under way at once; each of these has a *lane*: messages and scratch
 memory that are used again for a later chunk. Two kinds:
@@ -11,7 +11,7 @@ memory that are used again for a later chunk. Two kinds:
   part, and sends it to all: a reduce-scatter and an all-gather, as many bytes as a ring's all-reduce of the rounded
   numbers.
 
-All replicas get the same sum to the last bit, on different hardware too: no operation on it is one that could be fused.
+All replicas get bit-identical sums, also on different hardware: no operation on it is one that could be fused.
 """
 
 import math
@@ -192,7 +192,7 @@ class Layout:
 
 
 class Errors:
-    """What rounding has kept from the center so far, in this replica.
+    """The rounding errors that this replica has not yet sent to the center.
 
     Attributes:
         own: (padded,) of this replica's deltas.

@@ -22,7 +22,7 @@ def by_fragment(
     """Returns, for each of ``number`` fragments, which of ``parameters`` are in it, by name, in the module's order.
 
     All of the module's parameters are dealt out, the largest first and each to the fragment that has least, so that a
-    parameter's place does not depend on who trains it or when it is thawed. None is cut.
+    parameter's place does not depend on the optimizer that trains it or on when it is thawed. No parameter is cut.
 
     Raises:
         ValueError: the module has fewer parameters than there are to be fragments.

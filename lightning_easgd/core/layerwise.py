@@ -1,4 +1,4 @@
-"""Layerwise training: every layer has a center and a clock of its own, and exchanges in the middle of a pass.
+"""Layerwise training: every layer has its own center and clock, and exchanges in the middle of a pass.
 
 Layerwise stale synchronous parallel descent (arXiv:1512.02728). In the backward pass the replica updates a layer, and
 adds the layer's delta to its center, as soon as the layer's gradient is there. The gradients of the layers below are
@@ -184,7 +184,7 @@ class Layerwise:
                 if layer.is_early:
                     layer.begin()
             result = closure()
-            # What this step did not use still ticks, so that nobody waits for it for good.
+            # A layer that this step did not use still ticks, so that no replica waits for it for ever.
             self._begin_all()
             for layer in self._layers:
                 if not layer.has_stepped:

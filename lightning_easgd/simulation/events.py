@@ -46,14 +46,15 @@ class Event:
     staleness: int
 
 
-_ADD, _STEP = 0, 1  # at the same time, what arrives is added before anyone reads; then in the replicas' order
+_ADD, _STEP = 0, 1  # at equal times additions come before reads, then the replicas' order
 
 
 class _Link:
     """A replica's way to the center: it sees to it that nothing is done out of time.
 
-    A step is executed at the moment at which it reads the center. What it does before and after is its replica's own,
-    so that nobody can tell when that was computed; but what it pushes after its local update must be added later.
+    A step is executed at the moment at which it reads the center. The work before and after it concerns its replica
+    alone, so that nobody can tell when that was computed; but what it pushes after its local update must be added
+    later.
     """
 
     def __init__(self, simulation: "Simulation", replica: int, local_update: Callable[[], None]) -> None:
@@ -229,7 +230,7 @@ class Simulation:
 
         Args:
             algorithm: copied for each replica.
-            objective: what all descend, each with noise from a generator of its own.
+            objective: the function that all replicas descend, each with noise from its own generator.
             begin: (d,) where all begin, or (p, d), where each does. Copied.
             num_replicas: p.
             synchronous: which center.

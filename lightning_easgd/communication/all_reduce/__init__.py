@@ -98,7 +98,7 @@ class AllReduce(Transport):
             timeout: see there.
             num_slots: see there.
             place: on a CUDA device, where several centers share a communicator: this one's place among them, the same
-                on all replicas. Default: a communicator of its own.
+                on all replicas. Default: a new communicator.
         """
         check_open(self, initial, replica, num_replicas, rule)
         kind = DeviceCenter if initial.is_cuda else ReplicatedCenter

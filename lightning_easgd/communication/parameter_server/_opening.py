@@ -74,7 +74,7 @@ class Opening:
         return self._center()
 
     def at(self, address: str) -> OpenCenter:
-        """Opens a center that a process of its own serves. Collective."""
+        """Opens a center that a separate process serves. Collective."""
         host, _, port = address.rpartition(":")
         try:
             server = TCPStore(host, int(port), is_master=False, timeout=self._timeout)
