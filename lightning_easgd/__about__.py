@@ -1,4 +1,4 @@
-"""What this distribution is; the only place that states its version."""
+"""This distribution's name and version; the only place that states the version."""
 
 __version__ = "0.1.0"
 __license__ = "Apache-2.0"

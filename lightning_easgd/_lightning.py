@@ -1,7 +1,7 @@
 """The one place that knows of the two Lightning namespaces, and when this package's classes are made for them.
 
 ``pytorch_lightning`` and ``lightning.pytorch`` are the same code under two names, with different classes and different
-strategy registries. What this package adds to Lightning is written once, as classes without a base, and bound here.
+strategy registries. This package's additions to Lightning are written once, as classes without a base, and bound here.
 
 A namespace is bound when it is there: at once if it has been imported before this package, else as soon as it is, or
 when a class that is bound to it is asked for. So importing this package registers the strategy names in whatever

@@ -18,7 +18,7 @@ all n additions had been made at once and the line above n times. A synchronous 
 
 The average is kept in the center's dtype, or in float32 where that is of lower precision. In float32 a Polyak or tail
 average of millions of centers stops moving: its steps fall below what float32 resolves. ``dtype=torch.float64`` is for
-that. Memory: one vector of the center's size. No communication; whoever holds the center may call it.
+that. Memory: one vector of the center's size. No communication; every rank that holds the center may call it.
 """
 
 import math
@@ -66,7 +66,7 @@ class CenterAverage(ABC):
 
     @torch.no_grad()
     def update(self, center: Tensor, clock: int) -> None:
-        """Takes the center into account as it is now. The first one seen is z_0; a clock that stands changes nothing.
+        """Takes the current center into account. The first center seen is z_0; an unchanged clock changes nothing.
 
         Args:
             center: (d,) its value. Only read.
@@ -119,7 +119,7 @@ class PolyakAverage(CenterAverage):
         self._first = 0
 
     def update(self, center: Tensor, clock: int) -> None:
-        """Takes the center into account as it is now. See ``CenterAverage.update``."""
+        """Takes the current center into account. See ``CenterAverage.update``."""
         if self._value is None:
             self._first = clock
         super().update(center, clock)

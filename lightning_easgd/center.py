@@ -1,8 +1,8 @@
-"""A center in a process of its own: ``python -m lightning_easgd.center --port 29400 --num-replicas 4``.
+"""A center in a separate process: ``python -m lightning_easgd.center --port 29400 --num-replicas 4``.
 
-None of the replicas serves then; they reach it by ``ParameterServer(address="host:port")``, those on its host included.
-What the center is like (its size, dtype, slots, rule, rounding) comes with the first replica, as data: no code travels.
-Whoever reaches the port is trusted, as everywhere in ``torch.distributed``; keep it inside the job's network.
+None of the replicas serves then; they reach the server by ``ParameterServer(address="host:port")``, those on its host
+included. The first replica sends the center's size, dtype, slots, rule and rounding, as data: no code travels. Every
+process that reaches the port is trusted, as everywhere in ``torch.distributed``; keep it inside the job's network.
 """
 
 import argparse

@@ -23,8 +23,8 @@ def coupled_parameters(
     """Returns, for each optimizer, the parameters that its clock moves, by name, in the module's order.
 
     These are the optimizer's parameters with ``requires_grad``; never a choice by ``grad``, which differs between
-    replicas. A parameter in two optimizers belongs to the first. One that no optimizer holds is in none, nor is one
-    whose name is in ``left_out``.
+    replicas. A parameter in two optimizers belongs to the first. A parameter that no optimizer holds, or whose name is
+    in ``left_out``, is in none of the results.
 
     Raises:
         ValueError: an optimizer holds a parameter that is not the module's.
@@ -47,9 +47,9 @@ def coupled_parameters(
 class ParameterVector:
     """A list of tensors as one flat vector of d numbers.
 
-    Where the tensors are narrower than the vector (bfloat16 parameters, float32 vector), what rounding takes from a
-    move is kept and belongs to the vector: moves far below a parameter's resolution add up instead of vanishing, and
-    an exchange conserves what it moves. It costs one number of the vector's dtype for each such parameter.
+    Where the tensors are narrower than the vector (bfloat16 parameters, float32 vector), the vector keeps the part of a
+    move that rounding removes. Moves far below a parameter's resolution therefore add up instead of vanishing, and an
+    exchange conserves what it moves. This costs one number of the vector's dtype for each such parameter.
 
     Args:
         parameters: the tensors, in a fixed order; any shapes (0-dim and empty too), strides and floating dtypes, on

@@ -1,8 +1,8 @@
-"""Gates: who may go on, given how far every replica is.
+"""Gates: which replica may go on, given how far every replica is.
 
-A gate is the condition alone, on clocks; what waits until it holds is a transport's or a simulation's. A replica's
-*clock* is the number of exchanges that it has completed; one that is away (out of data, evaluating) has the clock
-``math.inf``, so that nobody waits for it.
+A gate is only the condition on the clocks; a transport or a simulation does the waiting until the condition holds. A
+replica's *clock* is the number of exchanges that it has completed; one that is away (out of data, evaluating) has the
+clock ``math.inf``, so that nobody waits for it.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ __all__ = ["Gate", "RoundRobin", "StaleSynchronous"]
 
 
 class Gate(ABC):
-    """Who may begin an exchange. Picklable and without state of its own."""
+    """Says which replica may begin an exchange. Picklable and without state of its own."""
 
     @abstractmethod
     def admits(self, replica: int, clocks: Sequence[float]) -> bool:
@@ -22,7 +22,7 @@ class Gate(ABC):
         others only how far they have been.
 
         Args:
-            replica: who asks.
+            replica: the replica that asks.
             clocks: exchanges that each replica has completed, ``math.inf`` for one that is away.
         """
 

@@ -1,7 +1,7 @@
-"""What an algorithm and a center owe each other: a replica to read and move, a center to read and add to.
+"""The interfaces between an algorithm and a center: a replica to read and move, a center to read and add to.
 
-The center is a vector with a clock, and all that a replica may do is read it, add to it, or both as one. An algorithm
-knows these interfaces and no transport; a transport implements them and knows no algorithm.
+The center is a vector with a clock, and a replica can only read it, add to it, or do both as one operation. An
+algorithm knows these interfaces and no transport; a transport implements them and knows no algorithm.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Exchange(Protocol):
         ...
 
     def done(self) -> None:
-        """Gives a borrowed vector back: after it the delta must not be read. The center's next operation implies it."""
+        """Gives a borrowed vector back: do not read the delta afterwards. The center's next operation implies it."""
         ...
 
 
@@ -49,7 +49,7 @@ class Center(Protocol):
 
     @property
     def replica(self) -> int:
-        """Index of this one."""
+        """Index of this replica."""
         ...
 
     def tell(self, numbers: Sequence[float] | Tensor) -> None:
@@ -67,7 +67,7 @@ class Center(Protocol):
         ...
 
     def pull(self) -> Snapshot:
-        """Returns the center. May block: completes whatever this replica's last ``push`` left outstanding."""
+        """Returns the center. May block: first completes the last ``push`` of this replica."""
         ...
 
     def push(self, delta: Tensor, *, read_at: int) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Addition", "CenterRule", "MomentumCenter", "OuterOptimizer", "Stalen
 
 
 class CenterRule(ABC):
-    """What the center does with a delta. Picklable; its state travels in checkpoints.
+    """Says what the center does with a delta. Picklable; its state travels in checkpoints.
 
     Attributes:
         num_vectors: how many vectors of the center's size the rule remembers (a momentum: 1). They begin as zeros and
@@ -49,7 +49,7 @@ class CenterRule(ABC):
         """
 
     def applied(self, center: Tensor, delta: Tensor, out: Tensor) -> None:
-        """Writes what ``apply_`` makes of ``center`` into ``out``. For a rule without vectors.
+        """Writes the result that ``apply_`` would give for ``center`` into ``out``. For a rule without vectors.
 
         Args:
             center: (m,) the center or a chunk of it; not modified.

@@ -138,9 +138,9 @@ class ReplicaSampler(Sampler[int]):
 class Draws:
     """The numbers of the batches that one replica draws from an epoch which all replicas share.
 
-    The first ``num_replicas`` numbers are reserved, one for each replica, so that none has an empty epoch; all others
-    belong to whoever asks first. Numbers grow. Not collective; a draw is one addition in the store, and blocks for that
-    round trip alone.
+    The first ``num_replicas`` numbers are reserved, one for each replica, so that no replica has an empty epoch. Each
+    other number belongs to the replica that asks first. Numbers grow. Not collective; a draw is one addition in the
+    store, and blocks for that round trip alone.
 
     Args:
         store: of this epoch alone, the same on all replicas.
@@ -280,7 +280,7 @@ class DynamicSampler(Sampler[int]):
         if self._is_apart:
             numbers = iter(range(self._replica, self.num_batches, self._num_replicas))
         else:
-            # An iterator that was given up has drawn batches too: each has a counter of its own.
+            # An abandoned iterator has drawn batches too: each iterator has its own counter.
             store = PrefixStore(f"{self.epoch}/{self._generations[self.epoch]}", self._store)
             self._generations[self.epoch] += 1
             self._check_agreement(store, order)

@@ -1,4 +1,4 @@
-"""The loop of all methods whose replicas begin a period at the center and push what they have done in it.
+"""The loop of all methods in which a replica begins a period at the center and pushes its steps of that period.
 
 Every ``period`` steps::
 
@@ -79,7 +79,7 @@ class Accumulation(Algorithm):
         replica.write_(center)  # x <- c
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
-        """Performs one iteration. Blocks only at the begin of a period, for the center."""
+        """Performs one iteration. Blocks only at the beginning of a period, for the center."""
         is_ending = self.is_ending
         anchor = self._begin(replica, center)
         local_update()  # x <- x - eta g(x)

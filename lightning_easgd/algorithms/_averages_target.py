@@ -23,7 +23,7 @@ __all__ = ["AveragesTarget"]
 
 
 class AveragesTarget:
-    """What one replica knows of the mean outer step. Memory: vbar and the center that was pulled, two vectors."""
+    """One replica's knowledge of the mean outer step. Memory: vbar and the center that was pulled, two vectors."""
 
     def __init__(self) -> None:
         self._anchor: Tensor | None = None  # the center as it was pulled, xbar, and its clock

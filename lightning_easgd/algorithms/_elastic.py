@@ -1,4 +1,4 @@
-"""What the forms of elastic averaging share: the force, the two rates, and what a form of the loop has to say.
+"""The parts that all forms of elastic averaging share: the force, the two rates, and the interface of a form's loop.
 
 Drift: where every replica alone would move by d a period, all and the center come to move by
 ``beta / (alpha + beta) d``. With beta = p alpha that is p / (p + 1): the center weighs like one more replica, which has
@@ -28,7 +28,7 @@ MOST_MOVING_RATE = 0.1  # alpha in Jacobi order, where no rate is given; see "Dr
 
 
 def displacement_(x: Tensor, center: Tensor) -> None:
-    """Replaces ``x`` by ``x - center``, what the elastic force is proportional to; both (d,) or one chunk of it."""
+    """Replaces ``x`` by ``x - center``, to which the elastic force is proportional; both (d,) or one chunk of it."""
     x.sub_(center)
 
 

@@ -1,4 +1,4 @@
-"""The loop of Parle and Entropy-SGD: local updates around a point that stands, and one step of that point a period.
+"""The loop of Parle and Entropy-SGD: local updates around a point that stands, and one step of that point per period.
 
 Of one replica, x its outer point, y the module's parameters, z their running average::
 
@@ -137,7 +137,7 @@ class Schedule:
         ]
 
     def rates(self) -> list[float]:
-        """Returns each group's learning rate as it is."""
+        """Returns each group's current learning rate."""
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def ratio(self) -> float:
@@ -224,13 +224,13 @@ class LocalEntropy(Algorithm):
 
     @property
     def current_scope(self) -> float:
-        """The scope gamma as it is now."""
+        """The current scope gamma."""
         return self._annealed(self.scope, self.min_scope)
 
     @property
     @abstractmethod
     def current_stiffness(self) -> float:
-        """1 / rho as it is now; 0 without coupling."""
+        """The current 1 / rho; 0 without coupling."""
 
     def _annealed(self, initial: float, minimum: float) -> float:
         return annealed(initial, minimum, scoping_in_force(self, self.scoping), self.outer_steps)
@@ -287,7 +287,7 @@ class LocalEntropy(Algorithm):
         del replica
 
     def _end(self, replica: Replica, center: Center) -> None:
-        """Makes the outer step and tells the center. The center is read only now: its last sum had a period's time."""
+        """Makes the outer step and tells the center. Reads the center only now: the sum had a whole period."""
         x, z, velocity, buffer = self._vectors()
         snapshot = center.pull()
         eta = self._next_rate(velocity)
@@ -323,7 +323,7 @@ class LocalEntropy(Algorithm):
         return self._outer, self._average, self._velocity, self._buffer
 
     def hyperparameters(self, num_replicas: int) -> dict[str, Any]:
-        """Returns algorithm, period and all arguments; ``scoping`` as it is in force, None while it is not known."""
+        """Returns algorithm, period and all arguments; ``scoping`` is the one in force, None while unknown."""
         known = self.scoping is not None or self.batches_per_epoch is not None
         return {
             **super().hyperparameters(num_replicas),

@@ -3,7 +3,7 @@
 Each replica, every ``period`` steps::
 
     x^i <- x^i - eta g^i(x^i)   period times, from where it stood
-    c_t <- pull;   f = 1 / ((c_t - a^i)^2 / gamma + 1)      elementwise: how far the center has gone meanwhile
+    c_t <- pull;   f = 1 / ((c_t - a^i)^2 / gamma + 1)      elementwise: how far the center has moved since
     d   =  f (x^i - a^i) / lambda
     c   <- c + d                                            push
     a^i <- x^i <- c_t + d                                   goes on from there

@@ -7,10 +7,10 @@ Each replica, every ``period`` steps::
     c   <- c + (x^i - a^i) / lambda
 
 lambda is ``period`` and a^i the center that was pulled; other symbols as in DOWNPOUR. The center gets the mean of the
-steps of a period: a better direction, no longer a step.
+steps of a period: a better direction, but not a longer step.
 
-Sum type: the effective step size grows with the number of replicas and, a period, does not with lambda. The authors'
-rule of thumb is lambda near half the sum of replicas and layers.
+Sum type: the effective step size grows with the number of replicas; per period it does not grow with lambda. The
+authors' rule of thumb is lambda near half the sum of replicas and layers.
 
 Departures: any optimizer inside, as in dist-keras, where this class is called ADAG. The paper's equation sums
 lambda + 1 terms, its algorithm lambda; this is the algorithm.

@@ -1,4 +1,4 @@
-"""What an algorithm sees: one replica, one center, one local update.
+"""The interface of an algorithm, which sees one replica, one center and one local update.
 
 The center is a vector with a clock, and all that a replica may do is read it, add to it, or both as one. An algorithm
 owns the *order* of these, of the local update and of the replica's own move, and nothing else:
@@ -7,7 +7,8 @@ owns the *order* of these, of the local update and of the replica's own move, an
 * DOWNPOUR:     pull, replace the replica, local updates, push what they have accumulated;
 * local SGD:    the same, with what was accumulated over the number of replicas.
 
-Who else is there, and what "add" means (one all-reduce, a lock in shared memory, a server) is the transport's business.
+The transport knows which other replicas there are, and what "add" means: one all-reduce, a lock in shared memory, or a
+server.
 """
 
 from abc import ABC, abstractmethod
@@ -40,13 +41,14 @@ class Algorithm(ABC):
             length.
         needs_batches_per_epoch: whether some hyper-parameter follows it.
         synchronous_only: whether it has a meaning only where all replicas' n-th exchanges are one operation.
-        asynchronous_only: whether it has a meaning only where each replica's exchange is an operation of its own.
+        asynchronous_only: whether it has a meaning only where each replica's exchange is a separate operation.
         num_told: how many numbers each replica tells all others with an exchange; see ``Center.tell``.
         needs_loss: whether ``observe_loss`` wants to be called.
         single_replica: whether it is a method of one replica, which then is all ranks together.
         reads_late: whether a step that is due reads the center after its local update, not before.
-        separable: whether parts of the parameters may exchange at steps of their own, each part by an object of its
-            own around the same local update. What a step does that is neither due nor ending it then does before it.
+        separable: whether the parameters may be split into parts that exchange at different steps. Each part has its
+            own algorithm object, and all parts share one local update. A part whose step is neither due nor ending runs
+            before that update.
     """
 
     period: int
@@ -78,7 +80,7 @@ class Algorithm(ABC):
         return Addition()
 
     def gate(self, num_replicas: int) -> Gate | None:
-        """Returns who may exchange, over an asynchronous center; None where nobody waits for another."""
+        """Returns the gate of an asynchronous center: which replica may exchange now; None where no replica waits."""
         del num_replicas
         return None
 

@@ -45,8 +45,8 @@ class EAMSGD(Algorithm):
     """Elastic averaging SGD with Nesterov momentum inside, exact on ``torch.optim.SGD(nesterov=True)``.
 
     The momentum is the module's optimizer's: the paper's is 0.99, with a learning rate 5 to 100 times below EASGD's.
-    Reductions: an optimizer without momentum is EASGD, to the last bit. Effective step size: set by the center rate, as
-    with EASGD, and multiplied by 1 / (1 - delta). Extra memory: one vector of the parameters' size.
+    Reductions: with an optimizer without momentum it is bit-identical to EASGD. Effective step size: set by the center
+    rate, as with EASGD, and multiplied by 1 / (1 - delta). Extra memory: one vector of the parameters' size.
     """
 
     separable = True

@@ -101,7 +101,7 @@ class Equilibrium:
         return gap < self.margin_in_force()
 
     def margin_in_force(self) -> float:
-        """Returns the margin as it is now.
+        """Returns the current margin.
 
         Raises:
             ValueError: there is none, and no optimizer that has one.

@@ -26,8 +26,8 @@ Departures: a run begins with t = 1, since all replicas start at the center; so 
 step. alpha does not follow the learning rate's schedule (as in the authors' code; the paper's alpha = eta rho has a
 constant eta), and alpha and beta may be given apart (thesis, arXiv:1605.02216, chapter 5). Unless a rate is given,
 alpha is at most 0.1, since the paper's slows few replicas down (``_elastic``, "Drift"). Two other forms of the loop
-have files of their own: ``gauss_seidel``, where the replica moves first, and ``early_exchange``, where it need not wait
-for its period's end.
+have separate files: ``gauss_seidel``, where the replica moves first, and ``early_exchange``, where it need not wait for
+its period's end.
 """
 
 import math
@@ -122,7 +122,7 @@ class EASGD(Algorithm):
 
     @property
     def is_due(self) -> bool:
-        """Whether the next ``step`` reads the center: one a period, and with early exchange one that is early."""
+        """Whether the next ``step`` reads the center: one per period, and with early exchange also an early one."""
         return self._loop.is_due(self.clock)
 
     @property

@@ -18,7 +18,7 @@ the optimizer's learning rate, momentum and preconditioning. EASGD's does not: i
 its own, and its center is a running average instead of the mean.
 
 Mean type: the effective step size does not grow with the number of replicas. With SGD on a quadratic of curvature h the
-mean of the replicas is multiplied by ``1 - eta h`` a step, their differences by ``1 - eta (h + 1 / rho)``.
+mean of the replicas is multiplied by ``1 - eta h`` per step, their differences by ``1 - eta (h + 1 / rho)``.
 """
 
 import math
@@ -40,8 +40,8 @@ class ElasticSGD(Algorithm):
     """Replicas that are drawn to their mean in every step, ever harder (arXiv:1707.00424).
 
     Reductions: ``coupling=inf`` is the optimizer alone, and so is one replica, up to rounding. Effective step size:
-    mean type. Extra memory: one vector of the parameters' size. One all-reduce a step, hidden by what lies between two
-    steps alone.
+    mean type. Extra memory: one vector of the parameters' size. One all-reduce per step, hidden only behind the work
+    between two steps.
     """
 
     synchronous_only = True  # the center is the replicas' mean
@@ -52,7 +52,7 @@ class ElasticSGD(Algorithm):
         Args:
             coupling: rho, > 0; infinity for independent replicas. Default 1, as in Parle.
             min_coupling: least rho, > 0; 1 / rho is the elastic stiffness. Default 0.1, as in Parle.
-            scoping: s, in (0, 1], the factor of rho a step. Default 1 - 1 / (2 B), with B mini-batches in an epoch of
+            scoping: s, in (0, 1], the factor of rho per step. Default 1 - 1 / (2 B), with B mini-batches in an epoch of
                 one replica.
 
         Raises:
@@ -69,7 +69,7 @@ class ElasticSGD(Algorithm):
 
     @property
     def current_coupling(self) -> float:
-        """The coupling rho as it is now."""
+        """The current coupling rho."""
         return annealed(self.coupling, self.min_coupling, scoping_in_force(self, self.scoping), self.clock)
 
     def bind(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
@@ -119,7 +119,7 @@ class ElasticSGD(Algorithm):
         self.clock += 1
 
     def hyperparameters(self, num_replicas: int) -> dict[str, Any]:
-        """Returns algorithm, period and all arguments; ``scoping`` as it is in force, None while it is not known."""
+        """Returns algorithm, period and all arguments; ``scoping`` is the one in force, None while unknown."""
         known = self.scoping is not None or self.batches_per_epoch is not None
         return {
             **super().hyperparameters(num_replicas),

@@ -46,7 +46,7 @@ __all__ = ["EntropySGD"]
 class EntropySGD(LocalEntropy):
     """Descent of the local entropy with one replica, which may span all devices (arXiv:1611.01838).
 
-    Reductions: ``noise=0`` is ``Parle`` with one replica and ``coupling=inf``, to the last bit. Effective step size:
+    Reductions: ``noise=0`` is bit-identical to ``Parle`` with one replica and ``coupling=inf``. Effective step size:
     the outer step's, eta / (1 - mu) of the way from x to z. Extra memory: the outer point, the average, the outer
     velocity and a buffer, four vectors of the parameters' size.
 

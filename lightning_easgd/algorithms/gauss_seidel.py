@@ -1,7 +1,7 @@
 """Elastic averaging in Gauss-Seidel order: Sixin Zhang's thesis, arXiv:1605.02216, chapter 6.
 
-The replica moves first, the gradient is taken at the moved x, and the center sees the replica as it is at the end of
-the period::
+The replica moves first, the gradient is taken at the moved x, and the center sees the replica at the end of the
+period::
 
     x^i <- x^i - alpha (x^i - c)
     x^i <- x^i - eta g^i(x^i)                     ``period`` times
@@ -48,7 +48,7 @@ class GaussSeidel(ElasticLoop):
     def step(
         self, clock: int, replica: Replica, center: Center, local_update: Callable[[], None], rates: ElasticRates
     ) -> None:
-        """Performs one iteration. Blocks only at the begin of a period, for the center."""
+        """Performs one iteration. Blocks only at the beginning of a period, for the center."""
         alpha, beta = rates.of(center.num_replicas)
         if self.is_due(clock) or self._anchor is None:
             snapshot = center.pull()

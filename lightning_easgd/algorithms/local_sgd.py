@@ -101,7 +101,7 @@ class LocalSGD(Accumulation):
         return MomentumCenter(momentum, self.outer_lr, nesterov=self.nesterov)
 
     def momentum(self, num_replicas: int) -> float:
-        """Returns mu as it is with so many replicas."""
+        """Returns mu for this number of replicas."""
         return 1 - 1 / num_replicas if self.outer_momentum is None else self.outer_momentum
 
     def hyperparameters(self, num_replicas: int) -> dict[str, object]:

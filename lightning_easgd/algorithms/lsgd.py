@@ -13,7 +13,7 @@ symbol                name
 ====================  =====================================================================================
 x^i, c, p             ``replica``, ``center``, ``num_replicas``
 tau                   ``period``, in optimizer steps
-r                     ``leader_rate`` once a period, and ``step_rate`` spread over it
+r                     ``leader_rate`` once per period, and ``step_rate`` spread over it
 eta g^i               ``local_update``: whatever the module's optimizer does
 ====================  =====================================================================================
 
@@ -23,15 +23,17 @@ leader's: there where r / eta < 1/4.
 
 In a period's last step the leader pushes ``x - c``, the others zero, and each tells the mean of its training losses
 over the period; both are read in the next period's first step. So an exchange is one all-reduce, which goes on beside
-whatever lies between two steps, and after a whole number of periods the center is the leader as it is then.
+whatever lies between two steps, and after a whole number of periods the center is the leader's current parameters.
 
 Departures:
 
-* The losses of a period are known with the exchange that ends it, so that they choose who pushes with the *next*: the
-  leader's parameters are new, its election is a period old. In the first two periods nobody is pulled.
-* One leader. The paper has one for each group of replicas, too; here a replica may be a group of devices
+* The losses of a period are known with the exchange that ends the period. They therefore choose the replica that pushes
+  with the *next* exchange: the leader's parameters are new, and its election is one period old. In the first two
+  periods no replica is pulled.
+* There is one leader. The paper also has one for each group of replicas; here a replica may be a group of devices
   (``replica_size``), which compute one gradient together.
-* The rates do not follow the learning rate (as in the authors' code). That averages the replicas for its evaluations.
+* As in the authors' code, the rates do not follow the learning rate. The authors' code averages the replicas for its
+  evaluations; here the leader is evaluated.
 """
 
 import math
@@ -80,7 +82,7 @@ class LSGD(Algorithm):
 
         Args:
             period: optimizer steps from one exchange to the next, >= 1. Default 16 (the authors' code: 4, 16 or 64).
-            leader_rate: the pull once a period, >= 0. Default 0.1 (there: c).
+            leader_rate: the pull once per period, >= 0. Default 0.1 (there: c).
             step_rate: the pull of a whole period's steps together, >= 0. Default 0.1 (there: p).
 
         Raises:
@@ -127,7 +129,7 @@ class LSGD(Algorithm):
         self._has_loss = True
 
     def step(self, replica: Replica, center: Center, local_update: Callable[[], None]) -> None:
-        """Performs one iteration. Blocks at the begin of a period, for the center; at its end only for the device.
+        """Performs one iteration. Blocks at the beginning of a period, for the center; at its end only for the device.
 
         Raises:
             ValueError: two periods are over, and no loss was observed.
@@ -148,7 +150,7 @@ class LSGD(Algorithm):
         self.clock += 1
 
     def _begin(self, center: Center) -> Tensor:
-        """Returns where the leader is; elects who leads next, on all replicas the same."""
+        """Returns where the leader is; elects the next leader, on all replicas the same."""
         snapshot = center.pull()
         self._read_at = snapshot.clock
         is_known, losses, has_led = center.told().unbind(1)
@@ -185,7 +187,7 @@ class LSGD(Algorithm):
         return {**super().hyperparameters(num_replicas), **rates}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the clock, the leader as it was pulled, who is what in this period, and the period's losses."""
+        """Returns the clock, the leader as it was pulled, the roles in this period, and the period's losses."""
         return {
             **super().state_dict(),
             "leader": saved(self._leader),

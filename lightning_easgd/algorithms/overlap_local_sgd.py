@@ -17,9 +17,9 @@ beta                  ``anchor_momentum``
 inner optimizer       ``local_update``; its state stays with the replica
 ====================  =====================================================================================
 
-It is EASGD whose center goes all the way to the mean of the replicas that have moved, with momentum: for the replicas
-before they move the center rate is 1 - alpha. Mean type: the effective step size does not grow with the number of
-replicas; the anchor's momentum multiplies it by 1 / (1 - beta).
+It is EASGD with momentum, and with a center that goes all the way to the mean of the replicas after they have moved.
+With respect to the replicas before they move, the center rate is 1 - alpha. Mean type: the effective step size does not
+grow with the number of replicas; the anchor's momentum multiplies it by 1 / (1 - beta).
 
 Departures: the authors' code keeps v / eta, which rescales v when the learning rate eta changes; here it does not, as
 with SlowMo.
@@ -38,7 +38,7 @@ __all__ = ["OverlapLocalSGD"]
 
 
 class OverlapLocalSGD(Algorithm):
-    """Pulls each replica back to an anchor, the replicas' mean a period ago, with momentum.
+    """Pulls each replica back to an anchor, the replicas' mean of one period ago, with momentum.
 
     Reductions: ``moving_rate=0`` is ``num_replicas`` independent runs; without momentum it is EASGD in Gauss-Seidel
     order whose center sees the replica where it has moved to. Effective step size: mean type. Extra memory: the message

@@ -23,14 +23,14 @@ With SGD inside, Nesterov momentum included, this is the paper's algorithm. The 
 gradient, so that Adam preconditions it like the gradient; the outer loop is the same with any optimizer inside.
 
 Mean type: the effective step size does not grow with the number of replicas. On a quadratic without momentum the mean
-of the replicas shrinks by ``eta (1 - zc)`` a period, their differences by ``eta (1 - zc + 1 / rho)``, where z = zc x.
+of the replicas shrinks by ``eta (1 - zc)`` per period, their differences by ``eta (1 - zc + 1 / rho)``, where z = zc x.
 
 Departures: the paper's x in the elastic term is the default; ``elastic_target="averages"`` is the authors' codes',
-which put mean_a z^a there and so multiply the mean's rate by 1 + 1 / rho. That takes them a second all-reduce; here it
-takes none (``_averages_target``). In ``ucla-vision/parle`` the scopes shrink once a parameter tensor, the outer step
-begins at y, z is never set back to x and Nesterov's step is g + v instead of g + mu v; here they shrink once an outer
-step, x is restored and z set back, and Nesterov's step is torch's. The outer velocity contains its rate: it shrinks
-where the rate falls, and does not grow where it rises.
+which put mean_a z^a there and so multiply the mean's rate by 1 + 1 / rho. The authors' codes need a second all-reduce
+for that; this class needs none (``_averages_target``). In ``ucla-vision/parle`` the scopes shrink once per parameter
+tensor, the outer step begins at y, z is never set back to x and Nesterov's step is g + v instead of g + mu v; here they
+shrink once per outer step, x is restored and z set back, and Nesterov's step is torch's. The outer velocity contains
+its rate: it shrinks where the rate falls, and does not grow where it rises.
 """
 
 import math
@@ -47,16 +47,16 @@ ElasticTarget = Literal["replicas", "averages"]
 
 
 class Parle(LocalEntropy):
-    """Local entropy in each replica, and elastic coupling between them once a period (arXiv:1707.00424).
+    """Local entropy in each replica, and elastic coupling between them once per period (arXiv:1707.00424).
 
-    Reductions: one replica with ``coupling=inf`` is ``EntropySGD`` without noise, to the last bit; ``period=1,
+    Reductions: one replica with ``coupling=inf`` is ``EntropySGD`` without noise, bit for bit; ``period=1,
     scope=inf, averaging_decay=0, coupling=inf``, without momenta, is SGD with step eta eta'. Effective step size: mean
     type. Extra memory, in vectors of the parameters' size: the outer point, the average, the outer velocity and a
     buffer; with ``elastic_target="averages"`` two more, the mean velocity and the center that was pulled.
 
-    One all-reduce a period. With ``elastic_target="replicas"`` it goes on beside the whole next period. With "averages"
-    it must be over when the next period begins: only what lies between two steps hides it, and the replicas make their
-    outer steps then, while the center has made its own already.
+    One all-reduce per period. With ``elastic_target="replicas"`` it goes on beside the whole next period. With
+    "averages" it must be over when the next period begins: only what lies between two steps hides it, and the replicas
+    make their outer steps then, while the center has made its own already.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class Parle(LocalEntropy):
 
     @property
     def current_coupling(self) -> float:
-        """The coupling rho as it is now."""
+        """The current coupling rho."""
         return self._annealed(self.coupling, self.min_coupling)
 
     @property
     def current_stiffness(self) -> float:
-        """1 / rho as it is now; 0 without coupling."""
+        """The current 1 / rho; 0 without coupling."""
         return 1 / self.current_coupling
 
     def check(self, num_replicas: int) -> None:

@@ -1,6 +1,6 @@
 """Streaming DiLoCo: Douillard et al., "Streaming DiLoCo with overlapping communication", arXiv:2501.18512.
 
-DiLoCo whose outer step is applied some steps after it was sent, to a replica that has gone on meanwhile::
+DiLoCo whose outer step is applied some steps after it was sent, to a replica that has gone on in the meantime::
 
     x^i <- x^i - inner optimizer                         every step
     D   =  mean_i (x^i - c)                              every ``period`` steps: sent
@@ -19,8 +19,8 @@ lr, mu                ``outer_lr``, ``outer_momentum``; Nesterov's
 inner optimizer       ``local_update``; its state stays with the replica
 ====================  =====================================================================================
 
-The paper's other half, fragments of the model at steps of their own, is the strategy's: ``fragments=P``, as the name
-``streaming_diloco`` has it; the wire format is the transport's (its float of 4 bits is not offered, int8 is).
+The paper's other half, the fragments of the model with different steps, belongs to the strategy: ``fragments=P``, as
+the name ``streaming_diloco`` has it; the wire format is the transport's (its float of 4 bits is not offered, int8 is).
 
 Mean type: the effective step size does not grow with the number of replicas.
 
@@ -42,9 +42,9 @@ __all__ = ["StreamingDiLoCo"]
 
 
 class StreamingDiLoCo(Accumulation):
-    """DiLoCo that does not wait for its outer step, and mixes it with what the replica has done meanwhile.
+    """DiLoCo that does not wait for its outer step, and mixes it with the replica's steps in the meantime.
 
-    Reductions: ``delay=0, mixing=0`` with one fragment is ``LocalSGD.diloco`` with the same values, to the last bit.
+    Reductions: ``delay=0, mixing=0`` with one fragment is ``LocalSGD.diloco`` with the same values, bit for bit.
     Effective step size: mean type. Extra memory: three vectors of the parameters' size: anchor, message, and the outer
     velocity.
     """
@@ -65,7 +65,7 @@ class StreamingDiLoCo(Accumulation):
             period: H, optimizer steps from one sending to the next, >= 1.
             delay: tau, optimizer steps from the sending to the mixing, 0 to ``period - 1``. The paper finds up to 10
                 harmless.
-            mixing: a, in [0, 1): 0 takes the center as it is and forgets the steps of the delay.
+            mixing: a, in [0, 1): 0 takes the center unchanged and forgets the steps of the delay.
             outer_lr: factor of the outer step, > 0.
             outer_momentum: mu, in [0, 1).
 

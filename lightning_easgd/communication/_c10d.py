@@ -1,4 +1,4 @@
-"""Names of ``torch.distributed`` that its stubs do not export, in one place; groups and stores of one's own."""
+"""Names of ``torch.distributed`` that its stubs do not export, and the package's own groups and stores."""
 
 import sys
 import weakref
@@ -102,7 +102,7 @@ def new_group(store: Store, rank: int, size: int, device: torch.device, timeout:
 
 
 class _OwnGroup:
-    """A process group that ends with its last reference, or by ``close_groups``: whoever holds it then has nothing.
+    """A process group that ends with its last reference, or by ``close_groups``: its holders then have nothing.
 
     torch waits for its threads, and for what they still do, when a group is destroyed.
     """
@@ -151,7 +151,7 @@ def new_store_server(host: str, timeout: timedelta, port: int = 0, **options: An
 
 
 def broadcast_bytes(group: Group, tensors: Iterable[Tensor]) -> None:
-    """Replaces contiguous tensors of any dtype by those of rank 0, to the last bit. Collective.
+    """Replaces contiguous tensors of any dtype by those of rank 0, bit for bit. Collective.
 
     Small ones go together, in messages of some megabytes; a larger one is a message by itself, without a copy.
     """

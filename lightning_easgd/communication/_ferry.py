@@ -47,5 +47,5 @@ class Ferry:
         return Flight(there_and_back, self._worker.submit)
 
     def close(self) -> None:
-        """Waits for what is under way, which whoever it waits for has been told to give up."""
+        """Waits for the operation under way; the peer of that operation has been told to give up."""
         self._worker.shutdown()

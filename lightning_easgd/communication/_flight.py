@@ -65,5 +65,5 @@ class Flight:
 
 
 def in_daemon_thread(name: str) -> Callable[[Callable[[], None]], None]:
-    """Returns a ``start`` for flights that must not hold up the end of the process: each has a thread of its own."""
+    """Returns a ``start`` for flights that must not hold up the end of the process: each has its own thread."""
     return lambda run: threading.Thread(target=run, name=name, daemon=True).start()

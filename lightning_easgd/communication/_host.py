@@ -11,7 +11,7 @@ def host_identity() -> str:
     """Returns a name that is the same for all processes that see the same memory, files and network, and no others.
 
     That is the kernel's boot id, else the host name; and the namespaces of network and mounts, where there are such:
-    containers on one machine count as hosts of their own.
+    containers on one machine count as separate hosts.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     parts = [boot.read_text().strip() if boot.exists() else socket.gethostname()]

@@ -2,8 +2,8 @@
 
 NCCL wants all operations on a device in one total order that is the same on all ranks. Where all replicas train, the
 program is that order. A replica that is at a meeting while others train does not know whose exchange is next, so that
-where there are several centers each exchange begins with a message that says which one it is of. A replica that only
-answers asks in the same message; where all ask, all are at the meeting.
+with several centers each exchange begins with a message that names its center. A replica that only answers asks in the
+same message; where all replicas ask, all are at the meeting.
 """
 
 import time
@@ -73,7 +73,7 @@ class Enqueued(Protocol):
 
 
 class Line:
-    """The communicator of several centers, and whose turn it is. Belongs to one thread.
+    """The communicator of several centers, and which center's turn it is. Belongs to one thread.
 
     Args:
         group: over the replicas, for tensors on ``device``. Other collectives may run in it between the exchanges if
@@ -127,7 +127,7 @@ class Line:
             self._last = None
 
     def ask(self) -> int | None:
-        """Returns whose exchange others begin, which is to be answered next; None where all replicas ask.
+        """Returns the center whose exchange is to be answered next; None where all replicas ask.
 
         Collective with other replicas' exchanges. Blocks for them.
 

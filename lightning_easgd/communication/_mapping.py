@@ -1,8 +1,8 @@
 """A center's file: vectors, counters and slots that processes of one host map, and the locks that go with them.
 
-The file lies in a folder of its own. Every handle keeps a shared ``flock`` on that folder; a folder that can be locked
-exclusively is nobody's and is removed, by the last handle that closes or by whoever creates the next center. All locks
-are the kernel's: it releases those of a process that dies.
+The file lies in its own folder. Every handle keeps a shared ``flock`` on that folder; a folder that can be locked
+exclusively belongs to no process. The last handle that closes removes it, or the process that creates the next center.
+All locks are the kernel's, which releases the locks of a process that dies.
 """
 
 import mmap
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def start(self) -> int:
-        """Bytes before the first vector: layout, counters, what became of each replica, slots."""
+        """Bytes before the first vector: layout, counters, the fate of each replica, slots."""
         return _whole_pages(8 * (len(astuple(self)) + 2 + self.num_replicas * (1 + self.num_slots)))
 
     @property
@@ -91,13 +91,13 @@ class Mapping:
 
     Args:
         path: what ``create`` returned.
-        replica: whose handle it is; a replica has one at a time.
+        replica: the replica that the handle belongs to; a replica has one handle at a time.
 
     Attributes:
         layout: what the file holds.
         vectors: the center, then the rule's vectors, each (numel,).
         counters: (2,) int64, additions that were begun, and that were completed.
-        board: (num_replicas, num_slots) float64, what each replica announced last.
+        board: (num_replicas, num_slots) float64, each replica's last announced slots.
         is_open: whether it may be used; False after ``close``, and in a child that was forked since.
 
     Raises:
@@ -175,7 +175,7 @@ class Mapping:
         fcntl.flock(self._fds[index], fcntl.LOCK_UN)
 
     def lock_of(self, chunk: int) -> int:
-        """Returns which lock a chunk is under."""
+        """Returns the index of the lock that protects a chunk."""
         return chunk % _STRIPES
 
     def lost(self) -> list[int]:
@@ -264,7 +264,7 @@ def _new_folder(parent: Path, num_bytes: int) -> tuple[Path, int]:
             hold = _hold(folder)
             break
         except (FileNotFoundError, BlockingIOError):
-            continue  # removed between the two lines, by one who took it for abandoned
+            continue  # another process took it for abandoned and removed it
     try:
         with open(folder / "center", "w+b") as file:
             # Reserved now: on a tmpfs that is full, writing to a page that is not there yet would be a SIGBUS.

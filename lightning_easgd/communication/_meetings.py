@@ -11,7 +11,7 @@ __all__ = ["Meetings"]
 
 
 class Meetings:
-    """A series of meetings over a store, each attended by every replica with a reason of its own.
+    """A series of meetings over a store, each attended by every replica, which gives its reason.
 
     Args:
         store: used with the caller's prefix, by this series alone.
@@ -49,7 +49,8 @@ class Meetings:
             idle: called now and then while waiting, and once at the end.
 
         Raises:
-            TransportError: for the whole timeout nobody came and nobody moved; names who is missing, and where.
+            TransportError: for the whole timeout no replica came and none moved; names the replicas that are missing,
+                and where they are.
         """
         self.number += 1
         keys = [f"{self.number}/{replica}" for replica in range(self._num_replicas)]

@@ -1,8 +1,8 @@
 """How the processes of a job learn where rank 0's rendezvous is, when all that they share is an address.
 
-torch makes its default group over a store at that address, and who dies in there, or before, is missed by nobody for
-minutes. So rank 0 serves that store already before, with the rendezvous's port in it: the others have their line to
-rank 0 when the default group is made, and who dies from then on is heard.
+torch makes its default group over a store at that address, and if a process dies in there, or before, nobody notices
+for minutes. So rank 0 serves that store earlier, with the rendezvous's port in it. The other ranks then have their line
+to rank 0 when torch makes the default group, and the watcher hears of any process that dies from then on.
 """
 
 import itertools

@@ -1,13 +1,13 @@
 """Where the processes of a job find each other, and learn that one of them failed, is gone, or wants to stop.
 
 Training steps between two exchanges make no network call, so a process would learn of a peer's end only by its next
-exchange. A thread of its own therefore listens: every process has a line to rank 0 (``_contact.py``), which passes on
-what one of them says. What it hears it leaves in plain attributes, ``failure``, ``stop_requested`` and
-``end_requested``, which cost the training loop nothing to read.
+exchange. A thread in every process, the watcher, therefore listens. Every process has a line to rank 0
+(``_contact.py``), and rank 0 passes on what a process says. The watcher leaves its news in the plain attributes
+``failure``, ``stop_requested`` and ``end_requested``. Reading them costs the training loop nothing.
 
-Who is alive is told by the line, not by what travels on it: the kernel closes it when a process dies, and keeps it open
-while one computes, holds Python's lock or waits. Only where a line stands and nothing is said on it for minutes, since
-the process is stopped for good or holds the lock for ever, is a limit needed.
+The line itself tells whether a process is alive, not the messages on it: the kernel closes the line when the process
+dies, and keeps the line open while the process computes, holds Python's lock or waits. A time limit is needed only for
+a line that stays open and silent for minutes, because its process is stopped for good or holds the lock for ever.
 """
 
 import faulthandler
@@ -67,9 +67,9 @@ class _Peer:
 class Rendezvous:
     """A key-value store that the process of rank 0 serves, and the thread that listens for news of the others.
 
-    All ranks are expected from the beginning. A process that dies is named by all others within a second or two, a host
-    that vanishes within about a minute, and one that never comes after ``arrival``; then each process has ``grace`` to
-    end by itself, and is ended the hard way if it does not.
+    All ranks are expected from the beginning. All others name a process that dies within a second or two, a host that
+    vanishes within about a minute, and a process that never comes after ``arrival``. Then each process has ``grace`` to
+    end by itself; the watcher kills a process that does not.
 
     Args:
         host: where rank 0 is reached.
@@ -81,8 +81,8 @@ class Rendezvous:
         grace: how long a process may go on after a peer's failure before it is ended the hard way.
         max_silence: how long a living process may be stopped, or hold Python's lock in one call, before it is given up;
             default 5 minutes.
-        arrival: how long rank 0 waits for each of the others. Default 30 seconds: of those who all begin at the same
-            time. Where they come from their imports it must be longer.
+        arrival: how long rank 0 waits for each of the others. Default 30 seconds, which suits processes that all begin
+            at the same time. It must be longer where processes first import their modules.
 
     Raises:
         RuntimeError: rank 0 is not there.
@@ -128,7 +128,7 @@ class Rendezvous:
         self._ears: socket.socket | None = None  # what wakes the watcher, and what it hears it by
         self._mouth: socket.socket | None = None
         self._listener: socket.socket | None = None
-        self._strangers: list[Line] = []  # who has connected and not said its rank yet
+        self._strangers: list[Line] = []  # connected, but without a known rank yet
         self._reported: list[str] = []  # failures that others have just told of
         self._peers: dict[int, _Peer] = {}
         self._watcher = threading.Thread(target=self._watch, name="lightning_easgd-watcher", daemon=True)
@@ -205,8 +205,8 @@ class Rendezvous:
     def close(self) -> None:
         """Leaves in good order. Idempotent.
 
-        Rank 0, with whose process the store ends, waits until the others have left, a minute at most; not after a
-        failure. From then on peers may end as they like.
+        The store ends with the process of rank 0. Rank 0 therefore waits until the others have left, a minute at most;
+        it does not wait after a failure. From then on peers may end as they like.
         """
         self._is_leaving = True
         self._wake()
@@ -254,7 +254,7 @@ class Rendezvous:
         in_order = False
         try:
             while True:
-                own_failure = self._own_failure  # before listening: who was gone by then is heard of first
+                own_failure = self._own_failure  # before listening: news of earlier losses comes first
                 self._listen()
                 now = time.monotonic()
                 if now - looked_at > max(self._silence_s / 4, 5 * self._poll_s):
@@ -264,7 +264,7 @@ class Rendezvous:
                 looked_at = now
                 for rank, peer in self._peers.items():
                     self._judge(rank, peer, now)
-                # Who is gone without a word comes first: others may have failed by that.
+                # A process that is gone without a word comes first: other processes may have failed because of it.
                 for failure in self._reported:
                     self._learn(failure)
                 self._reported.clear()
@@ -301,7 +301,7 @@ class Rendezvous:
                     self._hear(rank, peer, message)
 
     def _let_in(self) -> None:
-        """Answers those who connect, and gives their line to the rank that they say they are."""
+        """Answers processes that connect, and gives each line to the rank that its process says it is."""
         while self._listener is not None:
             try:
                 self._strangers.append(Line(self._listener.accept()[0]))
@@ -342,7 +342,7 @@ class Rendezvous:
             self._reported.append(str(message["failure"]))
 
     def _judge(self, rank: int, peer: _Peer, now: float) -> None:
-        """Finds who is gone or silent."""
+        """Finds the processes that are gone or silent."""
         if peer.has_left:
             if peer.line is not None and (self.rank == 0 or peer.line.is_closed):
                 peer.line.close()
@@ -437,7 +437,8 @@ class Rendezvous:
         os._exit(1)
 
 
-# One that takes no descriptor of its own, where there is one: who has used them all up is still alive, and must say so.
+# A selector that takes no file descriptor, where the system has one: a process that has used up its descriptors is
+# still alive, and must say so.
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 
 

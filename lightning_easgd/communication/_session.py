@@ -4,7 +4,7 @@ A message is a header of int64 and, for some operations, a payload; both ends kn
 The server is rank 0, the client rank 1. The slots ride in the header, float64 bit by bit::
 
     client -> server    operation, argument, slots                       argument: the clock that a push was read at
-    server -> client    clock, staleness, lost (one a replica), slots    staleness: of this client's last push
+    server -> client    clock, staleness, lost (1 per replica), slots    staleness: of this client's last push
 
     PULL        answered: header, payload           PUSH     header, payload; not answered
     PULL_EXACT  the same, never rounded             ABSTAIN  header; not answered
@@ -59,7 +59,7 @@ _NOTHING = torch.empty(0)
 
 @dataclass(frozen=True)
 class Terms:
-    """What both ends of every session of a center must agree on; JSON on its way through the store.
+    """The terms that both ends of every session of a center must agree on; sent as JSON through the store.
 
     Attributes:
         numel: length of the whole vector.
@@ -144,7 +144,7 @@ class Channel:
         return self.receive(vector, _EXACT)
 
     def cut(self) -> None:
-        """Ends the session: whoever waits on it, here or there, is told so. Safe from another thread; does not wait."""
+        """Ends the session: threads that wait on it, at either end, wake. Safe from another thread; does not wait."""
         # Gloo gives up a connection on which a wait has run out, and offers no other way to wake one that waits.
         with contextlib.suppress(RuntimeError):
             self._group.recv([torch.empty(1)], self._peer, _CUT).wait(timedelta(milliseconds=1))
@@ -271,11 +271,11 @@ class Session:
     def close(self) -> None:
         """Says goodbye, for two seconds at most, and leaves."""
         self._request[0] = _CLOSE
-        with contextlib.suppress(RuntimeError):  # whoever is gone need not be told
+        with contextlib.suppress(RuntimeError):  # a peer that is gone need not be told
             self._channel.send(self._request, _HEADER, FAREWELL)
 
     def cut(self) -> None:
-        """Leaves without a word; wakes a thread that waits for the server. Does not wait."""
+        """Leaves without telling the server; wakes a thread that waits for the server. Does not wait."""
         self._channel.cut()
 
     def _expect_answer(self) -> Work | None:
@@ -307,7 +307,7 @@ class Session:
 
 
 def serve(channel: Channel, center: SharedCenter, terms: Terms, numel: int, count_sent: Callable[[int], None]) -> None:
-    """Answers one client until it closes; blocks meanwhile.
+    """Answers one client until it closes; blocks until then.
 
     Memory: a vector of the shard's length besides the handle's own copy; with the wire in bfloat16 two.
 

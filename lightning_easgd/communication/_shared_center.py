@@ -38,7 +38,7 @@ class SharedCenter(OpenCenter):
 
     Args:
         path: what ``create`` returned, on this host.
-        replica: whose handle it is; one at a time a replica.
+        replica: the replica that the handle belongs to; a replica has one handle at a time.
         num_replicas: as at ``create``.
         num_slots: as at ``create``.
         rule: what the center does with a delta; as at ``create``.

@@ -89,7 +89,7 @@ class SharedVectors:
             timeout: the longest wait.
 
         Raises:
-            TransportError: not all came in time; names who is missing.
+            TransportError: not all replicas came in time; names those that are missing.
             RuntimeError: one has other vectors; in every replica.
         """
         token, own, files, vectors, why_not = secrets.token_bytes(_TOKEN), -1, [], None, ""

@@ -3,7 +3,7 @@
 Where k ranks (the *members*) train one replica with equal parameters, each of them holds the whole delta. Instead of
 sending it k times, member j reaches the j-th of k slices of the center through an ordinary transport, with the j-th
 members of the other replicas, and what it reads is gathered inside the replica. Each number crosses between replicas
-once a replica, over k links at once. Neither the algorithm nor the transport knows of it.
+once per replica, over k links at once. Neither the algorithm nor the transport knows of it.
 """
 
 import time
@@ -75,9 +75,9 @@ class SlicedCenter(OpenCenter):
     """The center as one member of a replica reaches it. Made by ``open_sliced``.
 
     ``pull``, ``push``, ``exchange``, ``abstain``, ``drain`` and ``load_state_dict`` are collective among the members:
-    all make the same calls in the same order, with deltas equal to the last bit, and read the same values and slots,
-    to the last bit. Each of these calls blocks for its members at most ``timeout`` beyond what the slice's center
-    takes. Whatever one member's slice meets while it is gathered, all members raise, and ``value`` stays what it was.
+    all make the same calls in the same order, with bit-identical deltas, and read bit-identical values and slots. Each
+    of these calls blocks for its members at most ``timeout`` beyond what the slice's center takes. Whatever one
+    member's slice meets while it is gathered, all members raise, and ``value`` stays what it was.
 
     What the slice's center counts is the slice's own and may differ between members over an asynchronous transport:
     ``clock`` and ``Snapshot.clock`` (``read_at`` goes back to the same slice), ``lost()``, ``state_dict``, and
@@ -404,7 +404,7 @@ class _Pending:
 
 
 class _Gather:
-    """Sends one row a member to all members: its slice, its slots, and how its operation has ended.
+    """Sends one row per member to all members: its slice, its slots, and how its operation has ended.
 
     Args:
         group: of the members.

@@ -1,7 +1,8 @@
-"""What a transport is: it opens a center for one replica and delivers what is added to it.
+"""The transport's interface: a transport opens a center for one replica and delivers the deltas.
 
 A ``Transport`` is inert and picklable; ``open`` gives the ``OpenCenter`` through which one replica pulls and pushes
-until it is closed. Process groups are its own, made over a store, never torch's default group (that is Lightning's).
+until it is closed. A transport makes its own process groups over a store. It never uses torch's default group, which
+belongs to Lightning.
 """
 
 import math
@@ -59,7 +60,7 @@ class Traffic:
         hidden_s: seconds of communication that went on while the replica computed.
         wait_s: seconds spent waiting for a lock, or for a server to answer; part of the two above.
         staleness: additions that the center saw between the last delta's reading and its addition.
-        drift: Euclidean distance that the center moved meanwhile; measured only on request.
+        drift: Euclidean distance that the center moved between these two moments; measured only on request.
     """
 
     exchanges: int = 0
@@ -121,8 +122,8 @@ class OpenCenter(ABC):
     """The center as one replica reaches it, from ``Transport.open`` to ``close``. Use from one thread.
 
     Besides the vector, an exchange carries a few *slots*: numbers that are summed over the replicas together with the
-    deltas, so that agreeing on something costs no message of its own. A *synchronous* center sums what all announce in
-    the same exchange; an asynchronous one what each replica has announced last.
+    deltas, so that an agreement needs no extra message. A *synchronous* center sums what all announce in the same
+    exchange; an asynchronous one what each replica has announced last.
 
     Attributes:
         synchronous: whether the replicas' n-th exchanges are one operation, for which all wait.

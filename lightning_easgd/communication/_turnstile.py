@@ -89,7 +89,7 @@ class Turnstile:
         """Does nothing: reading and adding are one here."""
 
     def enter_addition(self) -> None:
-        """Does nothing: who may read may add."""
+        """Does nothing: a replica that may read may also add."""
 
     def advance(self) -> None:
         """Says that this replica has completed an exchange. Does not wait."""

@@ -1,4 +1,4 @@
-"""What the numbers of an all-reduce travel as, and one chunk of it on its way.
+"""The formats in which an all-reduce sends numbers, and one chunk of an all-reduce under way.
 
 A vector is summed chunk by chunk, a few of them under way at once; each of these has a *lane*: messages and scratch
 memory that are used again for a later chunk. Two kinds:
@@ -6,11 +6,12 @@ memory that are used again for a later chunk. Two kinds:
 * ``ExactLane``: the group's own all-reduce of the center's dtype.
 * ``RoundingLane``: numbers travel rounded, but are summed in the center's dtype, and no rounding error is lost. Were
   rounded numbers summed on the way, each hop would round again, and nobody would know by how much. So each replica
-  sends what it rounds to whoever sums it, and keeps the error for its own next delta. With two replicas both sum all.
-  With more, each sums one part of the chunk, rounds the *sum*, keeps that error for the next sum of the part, and
-  sends it to all: a reduce-scatter and an all-gather, as many bytes as a ring's all-reduce of the rounded numbers.
+  sends its rounded numbers to the replica that sums them, and keeps the error for its own next delta. With two replicas
+  both sum all. With more, each sums one part of the chunk, rounds the *sum*, keeps that error for the next sum of the
+  part, and sends it to all: a reduce-scatter and an all-gather, as many bytes as a ring's all-reduce of the rounded
+  numbers.
 
-All replicas get the same sum to the last bit, on different hardware too: no operation on it is one that could be fused.
+All replicas get bit-identical sums, also on different hardware: no operation on it is one that could be fused.
 """
 
 import math
@@ -191,7 +192,7 @@ class Layout:
 
 
 class Errors:
-    """What rounding has kept from the center so far, in this replica.
+    """The rounding errors that this replica has not yet sent to the center.
 
     Attributes:
         own: (padded,) of this replica's deltas.

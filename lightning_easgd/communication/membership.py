@@ -1,4 +1,4 @@
-"""Which replicas there are: who takes part in a center's exchanges now."""
+"""Which replicas there are: those that take part in a center's exchanges now."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ __all__ = ["Membership"]
 class Membership:
     """The replicas of a center, as one of them sees them.
 
-    Whoever needs a number of replicas reads it from here at each exchange, and does not keep it: a center may have
-    others by the next one. Those of today's transports are constant.
+    Code that needs the number of replicas reads it from here at each exchange and does not keep it, because a center
+    may have other replicas by the next exchange. With today's transports the replicas are constant.
 
     Attributes:
         replicas: a name of each, which stays the same as long as it takes part. Its place is the replica's index.

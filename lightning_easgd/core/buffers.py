@@ -1,8 +1,8 @@
-"""What belongs to the center beside the weights that optimizers train: buffers, and parameters moved by hand.
+"""The parts of the center beside the weights that optimizers train: buffers, and parameters moved by hand.
 
-Each replica's follow its own data and weights. The center has the mean over replicas of running statistics and of
-parameters that no optimizer holds (momentum encoders, target networks), and replica 0's of all else; or batch-norm
-statistics are estimated anew, with the center's weights, on training data.
+A replica's buffers follow its own data and weights. The center has the mean over replicas of running statistics and of
+parameters that no optimizer holds (momentum encoders, target networks). It has replica 0's value of every other buffer.
+Batch-norm statistics may instead be estimated anew, with the center's weights, on training data.
 """
 
 import sys
@@ -37,13 +37,13 @@ _MEAN_NUMBERS = 1 << 22  # float64 numbers of parameters that are averaged in on
 
 
 class BufferRules:
-    """What the center has of each buffer, and of each parameter that no optimizer holds.
+    """The rule by which the center gets each buffer, and each parameter that no optimizer holds.
 
     Args:
-        choices: the user's, by pattern of names or by type of module; the first that fits counts.
+        choices: the user's rules, by pattern of names or by type of module; the first that fits counts.
 
     Raises:
-        ValueError: a key or a rule is none.
+        ValueError: a key is not a name, a pattern or a module type, or a rule is not known.
     """
 
     def __init__(self, choices: Mapping[Any, Rule] | None = None) -> None:
@@ -77,7 +77,7 @@ class BufferRules:
 
     @staticmethod
     def ignored(module: nn.Module) -> set[str]:
-        """Returns the names of what is each rank's own whatever an optimizer holds: DDP's own way to ask for it."""
+        """Returns the names of what stays each rank's own, even if an optimizer holds it: DDP's way to ask for that."""
         return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
 
     def not_shared(self, module: nn.Module) -> set[str]:
@@ -122,10 +122,11 @@ class CenterBuffers:
     while the center is in the module keeps what was written, as in any training; statistics that are averaged go back.
 
     Args:
-        module: whose buffers are meant, shared ones once.
+        module: the module that has the buffers; a shared buffer counts once.
         group: a process group over all ranks; None for one.
         num_ranks: its size.
-        members: one over the ranks of this replica, whose buffers are those of the first; None for one.
+        members: a process group over the ranks of this replica, which all have the buffers of the first rank; None for
+            one rank.
         rank: this one in ``group``.
         replica_size: size of ``members``.
         device: on which the groups send.
@@ -218,7 +219,7 @@ class CenterBuffers:
             warnings.warn(message, stacklevel=2)
 
     def _that_differ(self, group: Group, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Returns those whose values are not the same on all ranks: what is frozen costs no message of its size."""
+        """Returns the parameters that are not equal on all ranks: a frozen one costs no message of its size."""
         if not parameters:
             return {}
         rows = gather_numbers(group, self._num_ranks, checksums(list(parameters.values()), self._device))
@@ -231,7 +232,7 @@ class CenterBuffers:
         center = dict(zip(tensors, values, strict=True))
         averaged = {n: _real(t) for n, t in tensors.items() if rules[n] == "mean" and t.numel()}
         if averaged:
-            # As a difference to replica 0, so that constants (masks with infinities too) stay to the last bit.
+            # As a difference to replica 0, so that constants (also masks with infinities) stay bit-identical.
             parts = []
             for name, tensor in averaged.items():
                 own, first = tensor.double(), _real(center[name]).double()
@@ -256,7 +257,7 @@ class CenterBuffers:
 
     @torch.no_grad()
     def swap_in(self) -> None:
-        """Puts the buffers that ``gather`` found into the module; without them it stays as it is."""
+        """Puts the buffers that ``gather`` found into the module; without them the module stays unchanged."""
         if self._center is None or self._own is not None:
             return
         tensors = self._tensors()
@@ -353,7 +354,7 @@ class CenterBuffers:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any] | list[Tensor]) -> None:
-        """Restores what ``state_dict`` returned, to the last bit; buffers of another shape here, or none, too."""
+        """Restores what ``state_dict`` returned, bit for bit, also where a buffer has another shape or is missing."""
         if isinstance(state, list):  # the first versions kept the buffers alone, in the module's order
             names = [name for name, _ in self._module.named_buffers()]
             state = {"values": dict(zip(names, state, strict=True)), "transient": []}

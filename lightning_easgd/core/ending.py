@@ -1,8 +1,9 @@
-"""That a process which has ended well ends with exit code 0.
+"""Makes sure that a process that has ended well has exit code 0.
 
-A thread of torch's Gloo groups that finishes an operation asks for Python's lock. If the interpreter is being taken
-down by then, the thread is ended in a place where C++ does not allow it, and with it the process: "terminate called
-without an active exception". So all groups are ended, and their threads waited for, while the interpreter still runs.
+A thread of torch's Gloo groups that finishes an operation asks for Python's lock. If the interpreter is already
+shutting down, Python ends the thread in a place where C++ does not allow that. C++ then ends the whole process:
+"terminate called without an active exception". This module therefore ends all groups, and waits for their threads,
+while the interpreter still runs.
 """
 
 import atexit
@@ -24,22 +25,23 @@ __all__ = ["end_at_exit", "end_groups", "own_default_group"]
 
 log = logging.getLogger(__name__)
 
-# An operation that a lost peer never answers is given up after so long.
+# How long to wait for an operation that a lost peer never answers.
 _LONGEST_S = 10.0
 
-# torch's, if it was made within ``own_default_group``. A script that ends it ends its store too: the next begins there.
+# torch's default group, if it was made within ``own_default_group``. A script that ends it also ends its
+# store; the next default group begins there.
 _default_group: "weakref.ref[Any] | None" = None
 _at_exit_of: "tuple[int, _Ending] | None" = None  # a process, and what it has to tell when it exits
 
 
 @contextmanager
 def own_default_group(timeout: timedelta) -> Iterator[None]:
-    """Sees that the default group of ``torch.distributed`` that is made within is ended when this process exits.
+    """Ends the default group of ``torch.distributed`` that is made in this context when this process exits.
 
-    One that was there before, or that the user makes later, is not touched.
+    A default group that existed before, or that the user makes later, is not touched.
 
     Args:
-        timeout: of its operations, and of its store, once all have come.
+        timeout: for the group's operations and its store, once all ranks have come.
     """
     global _default_group
     had_one = dist.is_initialized()
@@ -54,7 +56,7 @@ def own_default_group(timeout: timedelta) -> Iterator[None]:
 
 
 def end_groups() -> None:
-    """Ends all groups that are this package's. Not collective; waits for their threads, ten seconds at most."""
+    """Ends all groups that this package made. Not collective; waits for their threads, ten seconds at most."""
     ending = _Ending()
     ending.finish()
 
@@ -62,7 +64,7 @@ def end_groups() -> None:
 class _Ending:
     """A thread that ends all groups as soon as it is told to.
 
-    It is started long before that: Python 3.12 starts none any more when a process exits.
+    The thread is started long before that, because Python 3.12 starts no threads while a process exits.
     """
 
     def __init__(self) -> None:
@@ -92,8 +94,8 @@ def _end_groups() -> None:
 
 
 def end_at_exit() -> None:
-    """Has all groups that are this package's ended when this process exits. Idempotent; local."""
-    # A process that was forked starts with no groups of its own, and with its parent's functions to call at exit.
+    """Ends all groups that this package made when this process exits. Idempotent; local."""
+    # A forked process starts without groups, but with its parent's functions to call at exit.
     global _at_exit_of
     if _at_exit_of is None:
         atexit.register(_at_exit)

@@ -1,8 +1,8 @@
-"""Fragments: the parameters in several parts, each with a center of its own, whose exchanges are spread over a period.
+"""Fragments: the parameters in several parts with a center each; their exchanges are spread over a period.
 
 The schedule of Streaming DiLoCo (arXiv:2501.18512): with n fragments the k-th is due ``k period / n`` steps after the
-first, so that each parameter is exchanged once a period and the peak of what travels at a time falls n-fold. What
-happens in a fragment's exchange is the algorithm's own arithmetic.
+first, so that each parameter is exchanged once per period, and the peak of the traffic falls n-fold. The algorithm's
+own arithmetic decides what happens in a fragment's exchange.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ def by_fragment(
     """Returns, for each of ``number`` fragments, which of ``parameters`` are in it, by name, in the module's order.
 
     All of the module's parameters are dealt out, the largest first and each to the fragment that has least, so that a
-    parameter's place does not depend on who trains it or when it is thawed. None is cut.
+    parameter's place does not depend on the optimizer that trains it or on when it is thawed. No parameter is cut.
 
     Raises:
         ValueError: the module has fewer parameters than there are to be fragments.

@@ -1,14 +1,15 @@
-"""Layerwise training: every layer has a center and a clock of its own, and exchanges in the middle of a pass.
+"""Layerwise training: every layer has its own center and clock, and exchanges in the middle of a pass.
 
-Layerwise stale synchronous parallel descent (arXiv:1512.02728). In the backward pass a layer is updated and its delta
-added to its center as soon as its gradient is there, while those below it are still computed; in the forward pass its
-newest value is waited for and read when the layer is about to be used, while those above it may still be on their way.
-A *layer* is a module that owns parameters directly; a parameter that several modules own belongs to the first.
+Layerwise stale synchronous parallel descent (arXiv:1512.02728). In the backward pass the replica updates a layer, and
+adds the layer's delta to its center, as soon as the layer's gradient is there. The gradients of the layers below are
+still being computed then. In the forward pass the replica waits for a layer's newest value, and reads it, when the
+layer is about to be used. The values of the layers above may still be on their way then. A *layer* is a module that
+owns parameters directly; a parameter that several modules own belongs to the first.
 
-Which values a reading has with slack s, c being the clock (the steps that a replica has completed with this layer) of
-the replica that reads: all additions of steps below ``c - s`` of every replica, all of its own, and none of step
-``c + s`` or beyond. The last is what makes slack 0 synchronous descent on summed updates: nobody adds to a layer before
-all have read it.
+Let c be the reading replica's clock: the number of steps that it has completed with this layer. With slack s, a read
+contains every replica's additions from steps before ``c - s``, all of the reader's own additions, and no addition from
+step ``c + s`` or later. The last bound makes slack 0 synchronous descent on summed updates: no replica adds to a layer
+before all replicas have read it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,8 +114,8 @@ class Layerwise:
     All replicas have the same layers, but each may use others of them in a step.
 
     Args:
-        module: whose layers they are. Its own parameters are read at the begin of every step: a training step is not a
-            call of the module.
+        module: the module that the layers belong to. The parameters that it owns directly are read at the beginning of
+            every step, because a training step does not call the module.
         optimizer: the module's only one; treats parameters separately.
         couplings: of the layers; one without parameters takes no part.
 
@@ -183,7 +184,7 @@ class Layerwise:
                 if layer.is_early:
                     layer.begin()
             result = closure()
-            # What this step did not use still ticks, so that nobody waits for it for good.
+            # A layer that this step did not use still ticks, so that no replica waits for it for ever.
             self._begin_all()
             for layer in self._layers:
                 if not layer.has_stepped:

@@ -1,8 +1,9 @@
-"""The ranks that train one replica together: which they are, and what they must agree on.
+"""The ranks that train one replica together, and the decisions that they must agree on.
 
 Inside a replica the ranks are an ordinary ``DistributedDataParallel`` group: equal parameters, each its own part of a
-batch. Whatever one of them decides by itself (by a clock, by a look at a store) would part them, so that a decision
-within an epoch is made by all: each raises its flags with every optimizer step, and all see them with the next.
+batch. A decision that one rank made by itself (by a clock, or by reading a store) would make them differ. All members
+therefore make a decision within an epoch together: each member raises its flags with every optimizer step, and all
+members see the flags with the next step.
 """
 
 from collections.abc import Callable
@@ -91,10 +92,11 @@ class Members:
 
     @property
     def ddp_group(self) -> dist.ProcessGroup:
-        """One that ``torch.distributed`` knows, for DDP and SyncBatchNorm. The first look: collective over all ranks.
+        """A process group registered with ``torch.distributed``, for DDP and SyncBatchNorm.
 
-        Each rank makes those of all replicas, as ``torch.distributed.new_group`` wants it. Its local synchronisation
-        would name the group by its ranks alone, so that a second ``fit`` found the addresses of the first.
+        It is created on first access, which is a collective over all ranks. Each rank creates the groups of all
+        replicas, as ``torch.distributed.new_group`` requires. The local synchronisation of ``new_group`` would name a
+        group by its ranks alone, and a second ``fit`` would find the addresses of the first.
         """
         if self._ddp_group is None:
             for replica in range(self._layout.num_replicas):
@@ -108,8 +110,8 @@ class Members:
     def agree(self, *flags: bool) -> list[bool]:
         """Returns, for each flag, whether any rank of the replica has raised it, the same on all of them.
 
-        Among several ranks these are the flags of the call before: what all must hear travels beside a step's work.
-        Collective among them; every call has as many flags.
+        With several ranks the returned flags are those of the previous call, because the flags travel beside a step's
+        work. Collective over the ranks of the replica; every call must have the same number of flags.
         """
         if self._control is None:
             return list(flags)
@@ -127,7 +129,7 @@ class Members:
             self._control.allreduce([torch.zeros(1)]).wait(self._timeout)
 
     def confine_batch_norm(self, module: nn.Module) -> None:
-        """Makes every SyncBatchNorm of the module that is in no group of its own one of this replica. Collective."""
+        """Confines every SyncBatchNorm of the module that has no group yet to this replica. Collective."""
         for layer in module.modules():
             if isinstance(layer, nn.SyncBatchNorm) and layer.process_group in (None, dist.group.WORLD):
                 layer.process_group = self.ddp_group
@@ -136,7 +138,7 @@ class Members:
     def open_center(self, name: str, initial: Tensor, open_slice: Callable[[Tensor, int], OpenCenter]) -> OpenCenter:
         """Opens a center that this replica's ranks reach together, each its slice.
 
-        It has a group of its own, since the exchanges of two centers may go on in either order.
+        It has its own group, because the exchanges of two centers may proceed in either order.
 
         Args:
             name: of this center alone.

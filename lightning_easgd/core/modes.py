@@ -13,13 +13,13 @@ __all__ = ["OptimizerModes"]
 class OptimizerModes:
     """Lets ``optimizer.eval()`` and ``optimizer.train()`` move the replica's weights only, never the center's.
 
-    Such a mode mixes the weights with a state that is each replica's own. A call that comes while the module holds the
-    center is kept until the replica's weights are back; of several the last counts. The center is the one of the
-    weights that training moves.
+    Such a mode mixes the weights with a state that each replica keeps to itself. A call that comes while the module
+    holds the center is postponed until the replica's weights are back; of several calls only the last counts. The
+    center belongs to the weights that training moves.
 
     Args:
-        optimizers: torch's own; those without the two methods stay as they are.
-        wrappers: Lightning's around them, which modules get from ``self.optimizers()``.
+        optimizers: torch's optimizers; those without the two methods stay unchanged.
+        wrappers: Lightning's wrappers around them, which modules get from ``self.optimizers()``.
         holds_center: returns whether the module holds the center.
         rank: this process; rank 0 warns.
     """
@@ -49,7 +49,7 @@ class OptimizerModes:
                         setattr(each, name, method)
 
     def settle(self) -> None:
-        """Does what was asked for last, now that the replica's weights are back."""
+        """Makes each optimizer's last postponed call, now that the replica's weights are back."""
         asked, self._asked = self._asked, {}
         for act in asked.values():
             act()

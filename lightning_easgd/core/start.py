@@ -1,4 +1,4 @@
-"""That all replicas begin equal: the same parameters by name and shape, and the values of rank 0."""
+"""Makes all replicas begin equal: with the same parameters by name and shape, and with the values of rank 0."""
 
 import hashlib
 import json
@@ -21,12 +21,12 @@ __all__ = ["begin_equal", "check_same_couplings", "check_same_parameters", "star
 
 
 def begin_equal(module: nn.Module, company: Company, rules: BufferRules) -> None:
-    """Opens a company whose ranks have the same module, and gives all of them rank 0's values. Collective, blocking.
+    """Opens a company whose ranks have the same module, and gives all ranks the values of rank 0. Collective, blocking.
 
     Args:
         module: of this rank.
         company: not open yet.
-        rules: what of the module is each rank's own.
+        rules: says which parts of the module stay each rank's own.
 
     Raises:
         ValueError: a rank's parameters are not rank 0's; names it.
@@ -49,16 +49,17 @@ def check_same_parameters(
         module: of this rank.
         roll_call: of all ranks.
         layout: which ranks form which replica.
-        left_out: names of parameters that are each rank's own.
+        left_out: names of the parameters that stay each rank's own.
 
     Raises:
-        ValueError: names each replica that differs, and where it does first; or what has no shape yet.
+        ValueError: a replica differs, or a parameter has no shape yet; names each such replica with its first
+            difference, or the parameters.
     """
     parameters = [(n, p) for n, p in module.named_parameters() if n not in left_out]
     own = [(n, str(p.dtype), [] if is_lazy(p) else list(p.shape), p.requires_grad) for n, p in parameters]
     own_text = json.dumps(own)
     purpose = "compare their parameters"
-    # All of it is said only where something differs: with many ranks and parameters that is much.
+    # Ranks send the full list only where something differs: with many ranks and parameters it is long.
     if len(set(roll_call.gather(purpose, hashlib.sha256(own_text.encode()).hexdigest()))) > 1:
         first, *others = map(json.loads, roll_call.gather(purpose, own_text))
         differences = (_difference(r // layout.replica_size, first, other) for r, other in enumerate(others, 1))

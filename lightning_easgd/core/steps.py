@@ -1,8 +1,8 @@
-"""Every step of a module's optimizers, whoever makes it: Lightning, or the module itself.
+"""Every step of a module's optimizers, whether Lightning makes it or the module itself.
 
 Lightning tells a strategy only of the steps that go through its own wrapper. In manual optimization a module may step
 torch's optimizer itself (``self.optimizers(use_pl_optimizer=False)``), or one that another wraps (the base optimizer of
-SAM). Such a step must exchange like any other: one that nobody counts would leave the center as training began.
+SAM). Such a step must exchange like any other: if nobody counted it, the center would keep its initial value.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ class Steps:
     From ``open`` to ``close`` the optimizers' own ``step`` is replaced, and that of the optimizers that they wrap.
 
     Args:
-        module: whose parameters are trained.
+        module: the module that is trained.
         optimizers: what ``configure_optimizers`` returned.
         is_automatic: whether Lightning makes the steps, after the module's ``training_step``.
         take: ``take(optimizer, update)`` makes one counted step of one of ``optimizers``, in which ``update()`` is the

@@ -15,11 +15,11 @@ from lightning_easgd.communication._c10d import AllgatherOptions, Group, broadca
 __all__ = ["broadcast", "checksums", "copy_of", "form", "gather_numbers", "in_common", "is_dense", "is_equal", "write"]
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-_CHUNK = 1 << 20  # numbers of a pass over a tensor, so that what it needs beside it stays small
+_CHUNK = 1 << 20  # numbers per pass over a tensor: keeps the extra memory small
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Returns whether a tensor is nothing but numbers in memory: not sparse, quantised, or made of others."""
+    """Returns whether a tensor is only numbers in memory: not sparse, not quantised, not made of other tensors."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return False
     return not is_traceable_wrapper_subclass(tensor)
@@ -40,7 +40,7 @@ def copy_of(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
-    """Gives a tensor the value of another of its form, in place. One that overlaps itself takes it once."""
+    """Gives a tensor, in place, the value of another tensor of the same form. An expanded tensor is written once."""
     if tensor.layout in _COMPRESSED:
         tensor.resize_as_sparse_(value.to(tensor.device))
     if tensor.is_quantized:  # with its scales
@@ -49,9 +49,9 @@ def write(tensor: Tensor, value: Tensor) -> None:
     if not is_dense(tensor):
         tensor.copy_(value)
         return
-    target = tensor.data  # not ``detach``: a look between a forward and its backward pass must not upset autograd
+    target = tensor.data  # not ``detach``: a write between forward and backward pass must not upset autograd
     for dim, stride in enumerate(target.stride()):
-        if stride == 0 and target.shape[dim] > 1:  # expanded: all are one number
+        if stride == 0 and target.shape[dim] > 1:  # expanded: all elements are one number
             target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
     target.copy_(value)
 
@@ -63,7 +63,7 @@ def is_equal(one: Tensor, other: Tensor) -> bool:
     if is_dense(one) and is_dense(other):
         return torch.equal(_bytes(one), _bytes(other.to(one.device)))
     parts, others = _parts(one), _parts(other)
-    if not parts or not others:  # of a kind that is not known here
+    if not parts or not others:  # a kind of tensor that this module does not know
         return _pickled([one]) == _pickled([other])
     return all(is_equal(part, its) for part, its in zip(parts, others, strict=True))
 

@@ -5,7 +5,7 @@ The algorithm objects that train are the ones that run here. Two drivers:
 * ``Simulation`` is event-driven: each replica takes its own time for a step, messages take time to reach the center,
   and whatever happens at the center happens in the order of that time. Any replica, any local update.
 * ``LockStep`` is the synchronous case at once: since nothing that a replica does between two exchanges can be seen by
-  another, all replicas step as one (p, d) tensor. It computes what ``Simulation`` does, to the last bit, at a cost a
+  another, all replicas step as one (p, d) tensor. It gives the same results as ``Simulation``, bit for bit, at a cost a
   step that hardly grows with p; for algorithms that treat every number of the vector alike.
 
 Objectives act on each coordinate by itself, so d coordinates are d runs of a one-dimensional problem: Monte Carlo at

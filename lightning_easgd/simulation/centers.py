@@ -67,8 +67,8 @@ class _Handle:
 class SynchronousCenter:
     """A center that adds the pushes of a round, one of each replica, as one sum when the round is complete.
 
-    It is what an all-reduce does, which is launched by the push and completed by the next pull. What would hang there,
-    or differ between replicas, raises ``RuntimeError`` here.
+    It does what an all-reduce does: a push launches the sum, and the next pull completes it. What would hang there, or
+    differ between replicas, raises ``RuntimeError`` here.
 
     Args:
         initial: (d,), copied.
@@ -78,7 +78,7 @@ class SynchronousCenter:
 
     Attributes:
         num_replicas: p.
-        clock: additions so far; p a round.
+        clock: additions so far; p per round.
         rule: the rule.
         handles: the center as each replica reaches it.
         pulls: how often each replica has pulled.
@@ -113,7 +113,7 @@ class SynchronousCenter:
         self._next_rows[replica] = tuple(float(number) for number in numbers)
 
     def told(self) -> Tensor:
-        """Returns (num_replicas, num_told), what was told in the last complete round."""
+        """Returns (num_replicas, num_told), the numbers told in the last complete round."""
         return torch.tensor(self._told, dtype=self._value.dtype)
 
     def pull(self, replica: int) -> Snapshot:
@@ -135,7 +135,7 @@ class SynchronousCenter:
         self._round[replica] = delta * self.rule.weight(self.clock - read_at)
         self._sent[replica] = self._next_rows[replica]
         if len(self._round) == self.num_replicas:
-            # Whoever pushed first, the sum is taken in the order of the replicas.
+            # The sum is taken in the order of the replicas, whichever replica pushed first.
             self.pushed = [self._round[i] for i in range(self.num_replicas)]
             self.rule.apply_(value, torch.stack(self.pushed).sum(0), *self._memory)
             self._version = value._version
@@ -183,7 +183,7 @@ class AsynchronousCenter:
         self._next_rows[replica] = tuple(float(number) for number in numbers)
 
     def told(self) -> Tensor:
-        """Returns (num_replicas, num_told), what each has told with its last push."""
+        """Returns (num_replicas, num_told), the numbers that each replica told with its last push."""
         return torch.tensor(self._told, dtype=self._value.dtype)
 
     def pull(self, replica: int) -> Snapshot:

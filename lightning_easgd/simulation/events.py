@@ -34,7 +34,7 @@ class Event:
         time: when, in virtual seconds.
         kind: "step": a replica made a step; where that reads the center, this is when the center answers. "add": a
             delta was added.
-        replica: whose.
+        replica: the replica that made the step or the delta.
         clock: the center's, afterwards.
         staleness: of what was added, in additions; 0 for a step.
     """
@@ -46,14 +46,15 @@ class Event:
     staleness: int
 
 
-_ADD, _STEP = 0, 1  # at the same time, what arrives is added before anyone reads; then in the replicas' order
+_ADD, _STEP = 0, 1  # at equal times additions come before reads, then the replicas' order
 
 
 class _Link:
     """A replica's way to the center: it sees to it that nothing is done out of time.
 
-    A step is executed at the moment at which it reads the center. What it does before and after is its replica's own,
-    so that nobody can tell when that was computed; but what it pushes after its local update must be added later.
+    A step is executed at the moment at which it reads the center. The work before and after it concerns its replica
+    alone, so that nobody can tell when that was computed; but what it pushes after its local update must be added
+    later.
     """
 
     def __init__(self, simulation: "Simulation", replica: int, local_update: Callable[[], None]) -> None:
@@ -112,13 +113,14 @@ class Simulation:
     A step takes its compute time. Over an asynchronous center a step that is due also takes a round trip, of two
     latencies, before it computes; a push arrives one latency later and holds nobody up; messages of one replica arrive
     in the order in which they were sent. Over a synchronous center a round is complete one latency after its last push,
-    and who reads before that waits. One virtual order, whatever the host does: equal arguments give equal bits.
+    and a replica that reads earlier waits. There is one virtual order, whatever the host does: equal arguments give
+    equal bits.
 
     Attributes:
         algorithms: one for each replica.
         replicas: the parameters of each, moved in place.
         center: the center.
-        gate: who may begin an exchange; None where nobody waits.
+        gate: which replica may begin an exchange; None where no replica waits.
         time: now, in virtual seconds.
         clocks: exchanges that each replica has completed.
         steps: steps that each replica has made.
@@ -149,7 +151,7 @@ class Simulation:
             synchronous: which center.
             center: (d,) its value. Default: replica 0's.
             rule: what it does with a delta. Default: the algorithm's.
-            gate: over an asynchronous center, who may begin an exchange. Default: the algorithm's.
+            gate: over an asynchronous center, which replica may begin an exchange. Default: the algorithm's.
             compute_time: of one step.
             latency: of one message.
             seed: of the drawn times, a generator for each replica and kind.
@@ -228,7 +230,7 @@ class Simulation:
 
         Args:
             algorithm: copied for each replica.
-            objective: what all descend, each with noise from a generator of its own.
+            objective: the function that all replicas descend, each with noise from its own generator.
             begin: (d,) where all begin, or (p, d), where each does. Copied.
             num_replicas: p.
             synchronous: which center.
@@ -407,7 +409,7 @@ class Simulation:
         self._admit()
 
     def _admit(self) -> None:
-        """Lets those go on who wait for what has come."""
+        """Lets the replicas go on whose wait is over."""
         for i in sorted(self._waiting):
             if not self._must_wait(i):
                 self._waiting.discard(i)

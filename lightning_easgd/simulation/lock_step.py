@@ -18,8 +18,8 @@ class LockStep:
     """All replicas over a synchronous center as one (p, d) tensor, with one algorithm object for all.
 
     For algorithms that treat every number of the vector alike, so that p rows are no different from a longer vector.
-    Without noise the trajectory is that of ``Simulation(synchronous=True)`` to the last bit; the noise is drawn for all
-    replicas at once and differs.
+    Without noise the trajectory is bit-identical to that of ``Simulation(synchronous=True)``; the noise is drawn for
+    all replicas at once and differs.
 
     Args:
         algorithm: the algorithm; used, not copied.
@@ -44,7 +44,7 @@ class LockStep:
         replica: 0; to the algorithm all replicas are one.
         replicas: (p, d), moved in place.
         center: (d,), moved in place.
-        clock: additions so far; p a round.
+        clock: additions so far; p per round.
     """
 
     def __init__(

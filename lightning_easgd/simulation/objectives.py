@@ -1,4 +1,4 @@
-"""What the replicas of a simulation descend: functions of a vector, with noise.
+"""Objectives that the replicas of a simulation descend: functions of a vector, with noise.
 
 A separable objective acts on each coordinate by itself, so that d coordinates are d runs of a one-dimensional problem.
 """
@@ -15,10 +15,10 @@ __all__ = ["DoubleWell", "Loss", "MultiplicativeNoise", "Objective", "Quadratic"
 
 
 class Objective(Protocol):
-    """What the replicas descend."""
+    """An objective that the replicas descend."""
 
     def gradient(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns a stochastic gradient at ``x``, a new tensor of its shape: (d,), or (p, d), one row a replica."""
+        """Returns a stochastic gradient at ``x``, a new tensor of its shape: (d,), or (p, d), one row per replica."""
         ...
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -102,7 +102,7 @@ class Row:
 
     @property
     def value(self) -> Tensor:
-        """(d,) the vector as it is now."""
+        """(d,) the current vector."""
         return self._settled()
 
     def read(self, out: Tensor | None = None) -> Tensor:

@@ -1,17 +1,18 @@
-"""A center that every replica holds, kept equal by one all-reduce an exchange.
+"""A center that every replica holds, kept equal by one all-reduce per exchange.
 
 The elastic force of synchronous EASGD needs only the replica's parameters and the center that it already holds; the
 *sum* over replicas is not needed before the next exchange. So ``push`` starts the all-reduce and returns, and the next
 ``pull`` completes it: communication hides behind a whole period of compute, with the arithmetic unchanged.
 
-A thread of the center's sums chunk by chunk, and writes the new center beside the old one, into the memory of the delta
-that it has sent; when all is there, the two change places. So the old center is whole until the new one is, and two
-vectors are enough, if the algorithm writes what it exchanges into the one that the center lends (``borrow``).
+The center has a thread that sums chunk by chunk, and writes the new center beside the old one, into the memory of the
+delta that it has sent; when all is there, the two change places. So the old center is whole until the new one is, and
+two vectors are enough, if the algorithm writes what it exchanges into the one that the center lends (``borrow``).
 
-On a CUDA device all of this is asynchronous by itself, so that the caller's thread enqueues it and there is no other.
+On a CUDA device all of this is asynchronous by itself. The caller's thread enqueues it, and there is no other thread.
 
 An exchange begins with a header: how many deltas there are, and the slots. Where all replicas only say that they are
-there, nothing follows it. Who abstains waits for it; who adds something knows what follows, and does not.
+there, nothing follows it. A replica that abstains waits for the header. A replica that adds something knows that deltas
+follow, and does not wait for the header.
 
 Replicas that are all on one host keep these two vectors in memory that they share. Their all-reduces carry no vector
 then: the first says that all deltas are there, the second that all parts of the new center are, the third that they
@@ -35,7 +36,7 @@ __all__ = ["AllReduce"]
 
 
 class AllReduce(Transport):
-    """Synchronous transport: the center replicated in every replica, one all-reduce (sum) an exchange.
+    """Synchronous transport: the center replicated in every replica, one all-reduce (sum) per exchange.
 
     The replicas' n-th pushes and abstentions belong together. The sum is applied to the center as one delta and counts
     as ``num_replicas`` additions. All copies stay bit-identical, since a sum is computed once and then distributed, or
@@ -97,7 +98,7 @@ class AllReduce(Transport):
             timeout: see there.
             num_slots: see there.
             place: on a CUDA device, where several centers share a communicator: this one's place among them, the same
-                on all replicas. Default: a communicator of its own.
+                on all replicas. Default: a new communicator.
         """
         check_open(self, initial, replica, num_replicas, rule)
         kind = DeviceCenter if initial.is_cuda else ReplicatedCenter

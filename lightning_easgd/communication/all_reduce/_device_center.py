@@ -52,7 +52,7 @@ class _Launch:
 class DeviceCenter(ReplicatedCenter):
     """The center on a CUDA device. Everything is enqueued by the caller's thread, on a stream beside the caller's.
 
-    So all replicas' operations have one order, the program's, and the host waits for the device once an exchange: for
+    So all replicas' operations have one order, the program's, and the host waits for the device once per exchange: for
     the header of the one before, where what has been announced stands.
 
     Whether a delta is finite is seen on the device. One that is not is taken for zeros, so that it never enters the

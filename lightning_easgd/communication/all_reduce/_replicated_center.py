@@ -324,7 +324,8 @@ class ReplicatedCenter(OpenCenter):
     def _sum(self, sent: _Sent) -> None:
         """Sums header and chunks over the replicas; the order of operations is the same in all of them.
 
-        Chunks follow the header where anyone adds something. Who adds knows that, and does not wait for the header.
+        Chunks follow the header where anyone adds something. A replica that adds something knows that, and does not
+        wait for the header.
         """
         assert self._group is not None
         chunks, lanes = self._layout.chunks, self._ready_lanes()

@@ -26,12 +26,13 @@ class ParameterServer(Transport):
     """Asynchronous transport over any number of hosts, on ``torch.distributed`` alone.
 
     By default the vector lies on the host of replica 0, which serves it beside its own training. With ``num_shards``
-    it is cut into as many slices, the k-th served by the k-th host. With ``address`` none of the replicas serves, but
-    a process of its own: ``python -m lightning_easgd.center``.
+    it is cut into as many slices, the k-th served by the k-th host. With ``address`` none of the replicas serves, but a
+    separate process: ``python -m lightning_easgd.center``.
 
-    Whose connection breaks counts as lost, and the others go on; when a server is gone, the next operation of its
-    clients raises. ``close`` waits for nobody: a replica that serves goes on serving in the background until its
-    clients have closed; its process, should it end before, first waits for that, 30 seconds at most.
+    A replica whose connection breaks counts as lost, and the others go on. When a server is gone, the next operation of
+    its clients raises. ``close`` waits for nobody: a replica that serves goes on serving in the background until its
+    clients have closed. If the process of that replica ends earlier, it first waits for its clients, 30 seconds at
+    most.
 
     Memory: where a shard is served its slice, what the rule remembers, and for each session two slices (with
     ``wire="bfloat16"`` three and a half); in a remote replica two vectors, one of which it lends to an exchange (with

@@ -1,4 +1,4 @@
-"""A replica's way to an open center: who serves which shard, and who attaches or has a session."""
+"""A replica's way to an open center: which replica serves which shard, and which attaches or has a session."""
 
 import json
 import socket
@@ -62,7 +62,7 @@ class Opening:
                 f"ParameterServer(num_shards={terms.num_shards}): each shard needs a host of its own, and there are "
                 f"{len(first_on)}"
             )
-        # All go through the pairs of shard and replica in one order, so that whoever waits is waited for by nobody.
+        # All replicas go through the pairs of shard and replica in one order. No two replicas wait for each other then.
         for shard, server in enumerate(list(first_on.values())[: terms.num_shards]):
             if replica == server:
                 self._serve(shard, [r for r, h in enumerate(hosts) if h != host])
@@ -74,7 +74,7 @@ class Opening:
         return self._center()
 
     def at(self, address: str) -> OpenCenter:
-        """Opens a center that a process of its own serves. Collective."""
+        """Opens a center that a separate process serves. Collective."""
         host, _, port = address.rpartition(":")
         try:
             server = TCPStore(host, int(port), is_master=False, timeout=self._timeout)

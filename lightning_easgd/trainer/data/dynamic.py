@@ -265,8 +265,9 @@ class DynamicData:
             progress.is_last_batch = self._draws.is_last(self._used)
 
     def _run_batch(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Lightning's own. A window of accumulation that would stay open must know before whether it is the last.
+        """Wraps Lightning's method: says before the batch runs whether it is the replica's last.
 
+        While gradients are being accumulated, the last batch closes the window, and the loop must know that in advance.
         So must a training_step with manual optimization, which may look at ``trainer.is_last_batch``.
         """
         epoch_loop = self._trainer.fit_loop.epoch_loop

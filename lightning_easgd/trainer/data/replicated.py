@@ -36,7 +36,7 @@ class ReplicatedData:
 
     As under Lightning's own sampler, training data are shuffled whatever the loader says, unless
     ``Trainer(overfit_batches=...)`` asks for the same batches again and again. What Lightning's own sampler would not
-    be put into is left as it is, with a warning: an iterable dataset, anything but a DataLoader, a user's
+    be put into is left unchanged, with a warning: an iterable dataset, anything but a DataLoader, a user's
     DistributedSampler, and every loader with ``Trainer(use_distributed_sampler=False)``. Each warning is given once, on
     global rank 0.
 
