@@ -15,7 +15,7 @@ from lightning_easgd import EAMSGD, EASGD, LSGD, Downpour, Parle, SharedMemory
 from lightning_easgd.core import Agreement, Company, Elastic, Phase, Plan
 from lightning_easgd.trainer.options import Options
 from tests.helpers import COMMAND_S, ROOT, free_port, run_replicas
-from tests.modules import Regression, flat, linear_data, loader, trainer
+from tests.modules import BatchNormRegression, Regression, flat, linear_data, loader, trainer
 
 PLANS = {
     "EASGD": partial(Plan, EASGD(period=3)),
@@ -192,3 +192,69 @@ def test_the_examples_reach_the_accuracy_of_the_trainers(example, tmp_path):
     assert len(accuracies) == 10
     assert accuracies[-1] > 97
     assert len((ROOT / "examples" / example).read_text().splitlines()) < 60
+
+
+def _fails_alone(replica: int) -> str:
+    """Rank 1's optimizer cannot be tied; rank 0 would wait for it."""
+    os.environ["RANK"] = str(replica)
+    module = Regression()
+    optimizer = module.configure_optimizers()
+    if replica == 1:
+        optimizer.__class__ = type("PostLocalSGDOptimizer", (torch.optim.SGD,), {})
+    try:
+        Elastic(module, [optimizer])
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_an_error_while_one_rank_opens_is_told_to_the_others():
+    one, two = run_replicas(_fails_alone, 2)
+    assert two.startswith("ValueError: Elastic: PostLocalSGDOptimizer synchronises the replicas at every step")
+    assert "another process failed: rank 1: ValueError" in one
+
+
+def _twice(replica: int) -> None:
+    module = Regression()
+    optimizer = module.configure_optimizers()
+    company = Company.from_environment()
+    first = Elastic(module, [optimizer], company=company)
+    with pytest.raises(ValueError, match="this company is another Elastic's"):
+        Elastic(module, [optimizer], company=company)
+    assert company.is_open  # the first one's
+    first.close()
+    with pytest.raises(RuntimeError, match="Elastic: it is closed"):
+        first.step(optimizer)
+    with pytest.raises(ValueError, match="it is closed; find the ranks anew"):
+        Elastic(module, [optimizer], company=company)
+
+
+def test_a_company_is_one_elastics_and_ends_with_it():
+    run_replicas(_twice, 1)
+
+
+def test_a_reestimation_that_raises_leaves_the_replica_in_the_module():
+    run_replicas(_reestimates, 1)
+
+
+def _reestimates(replica: int) -> None:
+    module = BatchNormRegression()
+    optimizer = module.configure_optimizers()
+
+    def reestimate(_: Any) -> None:
+        raise KeyError("not a batch")
+
+    with Elastic(module, [optimizer], reestimate=reestimate) as elastic:
+        for batch in loader():
+            optimizer.zero_grad()
+            module.loss(batch).backward()
+            elastic.step(optimizer)
+        replica_before = flat(module)
+        with pytest.raises(KeyError), elastic.center():
+            pass
+        assert torch.equal(flat(module), replica_before)
+        assert not elastic.weights.holds_center
+        elastic.weights.forget()  # what was gathered is out of date: nothing to estimate for
+        with elastic.weights.holding("center"):
+            assert not torch.equal(flat(module), replica_before)
+        assert torch.equal(flat(module), replica_before)

@@ -238,6 +238,30 @@ def test_sigterm_at_an_evaluation_ends_all_and_saves(tmp_path, transport, where)
     assert len(list(tmp_path.glob(f"*.{state['lightning_easgd']['save']}.replica-*"))) == 2
 
 
+def _signalled_alone(replica: int, folder: str) -> None:
+    """One process that is told to go: what it saves then has its replica, as a stop of several has."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    class Signal(modules.pytorch_lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint = ModelCheckpoint(folder, filename="last", save_on_exception=True, every_n_epochs=10**6)
+    trainer(devices=1, max_epochs=10**6, callbacks=[Signal(), checkpoint], enable_checkpointing=True).fit(
+        Regression(), loader()
+    )
+
+
+def test_a_signal_to_a_single_process_saves_its_replica(tmp_path):
+    replicas = Replicas(_signalled_alone, 1, str(tmp_path))
+    assert replicas.join() == [0], replicas.error(0)
+    assert "SIGTERMException" in replicas.error(0)
+    [saved] = tmp_path.glob("*.ckpt")
+    save = torch.load(saved, weights_only=False)["lightning_easgd"]["save"]
+    assert len(list(tmp_path.glob(f"*.{save}.replica-*"))) == 1
+
+
 def _misbehave_rarely(replica: int, how: str, said: Path) -> None:
     """Rank 1 is stopped for good, or dies when training has ended while the other waits for it.
 
