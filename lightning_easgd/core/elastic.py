@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from lightning_easgd.algorithms import Algorithm
 from lightning_easgd.core.buffers import CenterBuffers
 from lightning_easgd.core.company import Company
 from lightning_easgd.core.coupling import Coupling
@@ -253,6 +254,8 @@ class Elastic:
         Raises:
             ValueError: the optimizer unscales them by itself, and would scale the force down with them.
         """
+        if type(self.plan.algorithm).proximal_term is Algorithm.proximal_term:
+            return  # most have none, and with layers there are many couplings
         couplings = self._by_optimizer.get(id(optimizer), [])
         has_force = any(coupling.algorithm.proximal_term() is not None for coupling in couplings)
         if has_force and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -270,8 +273,8 @@ class Elastic:
         return Agreement.AGREED in (self.formation.stop, self.formation.end)
 
     def observe_loss(self, loss: Tensor) -> None:
-        """Shows the algorithm a mini-batch's training loss, a number, where it wants to see it. Local."""
-        for coupling in self.couplings if self.plan.algorithm.needs_loss else ():
+        """Shows the algorithm a mini-batch's training loss, a number; for one that ``needs_loss``. Local."""
+        for coupling in self.couplings:
             coupling.algorithm.observe_loss(loss)
 
     def tell_epoch_length(self, num_steps: int | None) -> None:

@@ -230,9 +230,5 @@ class Formation(ABC):
 
     # --- for the formations -----------------------------------------------------------------------------------------
 
-    def _hear_of_end(self, couplings: Sequence[Coupling]) -> None:
-        if any(coupling.slots.ended for coupling in couplings):
-            self.end = Agreement.AGREED
-
     def _wants_end(self, end: bool) -> bool:
         return end or self.end is not Agreement.OPEN or self._company.watch.end_requested

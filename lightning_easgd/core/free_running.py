@@ -62,16 +62,14 @@ class FreeRunning(Formation):
     @override
     def after_step(self, couplings: Sequence[Coupling], *, end: bool) -> None:
         watch = self._company.watch
-        self._hear_of_end(couplings)
+        del couplings  # no votes in these exchanges: the watch has told all of it
         # What this rank knows by itself, and what all ranks of its replica act upon.
         stop, ends = self._company.members.agree(watch.stop_requested, self._wants_end(end))
         watch.raise_if_failed()
         if ends and self.phase is Phase.APART:
             watch.request_end()
             self.end = Agreement.AGREED
-        if stop or any(coupling.slots.stop_votes for coupling in couplings):
-            for each in self._couplings:
-                each.slots.stop = True
+        if stop:
             self.meet(Occasion.STOP)
 
     @override
@@ -105,7 +103,6 @@ class FreeRunning(Formation):
         for coupling in self._couplings:
             coupling.refresh()
         self._meetings.meet("reading the center")  # nobody adds before all have read
-        self._hear_of_end(self._couplings)
         self._goes_on = self.phase is Phase.APART
         self.phase = Phase.MET
         self._gather_all()

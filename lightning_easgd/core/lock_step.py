@@ -71,6 +71,10 @@ class LockStep(Formation):
         if has_votes or stop or self._stop_asked_at is not None:
             self._carry_stop(has_votes=has_votes, overdue=overdue)
 
+    def _hear_of_end(self, couplings: Sequence[Coupling]) -> None:
+        if any(coupling.slots.ended for coupling in couplings):
+            self.end = Agreement.AGREED
+
     @property
     def _is_overdue(self) -> bool:
         """Whether a request to stop has waited long enough for an exchange to carry it."""

@@ -40,8 +40,8 @@ class Launch:
 
         From the rendezvous on nobody waits for a process that is gone, be it in the making of the default group.
         """
-        strategy, timeout = self._strategy, self._run.timeout
-        arrival = min(timeout, self._run.options.max_silence or MAX_SILENCE)  # until all have come
+        strategy, own = self._strategy, self._strategy._timeout
+        arrival = min(self._run.timeout, self._run.options.max_silence or MAX_SILENCE)  # until all have come
         notice = self._put_up_notice(arrival)
         if notice is not None:
             self._open(notice, arrival).roll_call.gather("start together", "")
@@ -50,7 +50,7 @@ class Launch:
             yield
             del notice  # torch's store has taken its server over
         finally:
-            strategy._timeout = timeout
+            strategy._timeout = own
 
     def complete(self) -> None:
         """Opens the rendezvous where a default group was there before, or there is but one rank. Collective."""

@@ -95,10 +95,6 @@ class Options:
         Raises:
             ValueError: an argument has the wrong type or value, or two do not go together.
         """
-        if algorithm is not None and not isinstance(algorithm, Algorithm):
-            raise ValueError(
-                f"EASGDStrategy(algorithm={algorithm!r}): must be a lightning_easgd {Algorithm.__name__} or None"
-            )
         plan = Plan(
             EASGD() if algorithm is None else algorithm,
             transport,

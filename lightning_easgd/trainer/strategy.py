@@ -298,9 +298,10 @@ class ElasticStrategy(_DDPStrategy):
             return super().training_step(*args, **kwargs)
         with run.steps.batch(int(run.trainer.accumulate_grad_batches)):
             output = super().training_step(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if isinstance(loss, Tensor):
-            run.elastic.observe_loss(loss.detach())
+        if self.algorithm.needs_loss:
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if isinstance(loss, Tensor):
+                run.elastic.observe_loss(loss.detach())
         return output
 
     @override
